@@ -1,0 +1,183 @@
+"""What one stage hands the next: a folder that transformers opens as it is, and `artifact.json`, written last.
+
+The only file that knows an artifact's file names. Resume state is a different thing in a different folder (resume.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import disk_errors, publish, sha256, write_json
+
+FORMAT = 1
+MANIFEST = "artifact.json"
+
+
+class Kind(StrEnum):
+    policy = "policy"
+    reward_model = "reward_model"
+    value_model = "value_model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A model or artifact that a stage started from."""
+
+    path: str
+    content_hash: str | None  # None for a plain Hugging Face folder or hub id
+    template_hash: str | None = None
+    tokenizer_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """artifact.json."""
+
+    kind: Kind
+    stage: str
+    step: int
+    template_hash: str
+    tokenizer_hash: str
+    special_ids: dict[str, int | None]
+    vocab_size: int
+    config: dict[str, Any]  # resolved, secrets masked
+    data: dict[str, Any]  # fingerprints and counts
+    metrics: dict[str, float]
+    parents: dict[str, Parent] = field(default_factory=dict)
+    reward_shift: float | None = None  # reward models: consumers subtract it, then divide by the scale
+    reward_scale: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    git_revision: str | None = None
+    files: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    content_hash: str = ""
+    format: int = FORMAT
+
+
+def save(
+    path: Path, *, model: Any, weights: dict[str, Tensor], tokenizer: Any, manifest: dict[str, Any], kept: str = ""
+) -> Manifest:
+    """Write an artifact; called by one process. `weights` is the full state dict, `manifest` the fields we do not know.
+
+    Raises:
+        UserError: when the disk is full; an artifact that was at `path` stays.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors("the artifact", path, kept=kept or "Training state is intact."):
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        complete = Manifest(
+            **manifest,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+            git_revision=_git_revision(),
+            files=files,
+            content_hash=_content_hash(files),
+        )
+        write_json(partial / MANIFEST, asdict(complete))
+        publish(partial, path)
+    return complete
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same artifact as `source` without its bytes a second time, where hard links can be made."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors("the artifact", target, kept=f"{source} is intact."):
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+        publish(partial, target)
+
+
+def load(path: str | Path, *, kind: Kind) -> Manifest:
+    """Check an artifact and return its manifest.
+
+    Raises:
+        UserError: for a missing, unfinished or damaged artifact, or one of another kind; says which, and what to do.
+    """
+    folder = Path(path)
+    try:
+        raw = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST} in it, so no finished artifact; run the stage that makes it to its end") from None
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); run the stage that makes it again") from None
+    if raw.get("format") != FORMAT:
+        raise UserError(f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version it was written by")
+    for name, digest in raw["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing; copy the whole folder, or run the stage that makes it again")
+        if sha256(folder / name) != digest:
+            raise UserError(f"{folder}: {name} is damaged (its checksum differs); copy it afresh, or run the stage again")
+    if raw["kind"] != kind:
+        raise UserError(f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a {kind.value} is needed here")
+    parents = {name: Parent(**parent) for name, parent in raw.pop("parents").items()}
+    return Manifest(**{**raw, "kind": Kind(raw["kind"]), "parents": parents})
+
+
+def is_artifact(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def parent(path: str, *, kind: Kind) -> Parent:
+    """`path` as another artifact's parent; a plain Hugging Face folder or a hub id is welcome as a root."""
+    if not is_artifact(path):
+        return Parent(path=path, content_hash=None)
+    manifest = load(path, kind=kind)
+    return Parent(
+        path=path,
+        content_hash=manifest.content_hash,
+        template_hash=manifest.template_hash,
+        tokenizer_hash=manifest.tokenizer_hash,
+    )
+
+
+def require_same(parents: dict[str, Parent]) -> None:
+    """Refuse parents that speak different languages.
+
+    Raises:
+        UserError: naming the two whose chat template or tokenizer differ.
+    """
+    for what in ("template_hash", "tokenizer_hash"):
+        seen: dict[str, str] = {}
+        for name, one in parents.items():
+            value = getattr(one, what)
+            other = next((n for v, n in seen.items() if v != value), None)
+            if value is not None and other is not None:
+                raise UserError(
+                    f"{other} ({parents[other].path}) and {name} ({one.path}) have different "
+                    f"{'chat templates' if what == 'template_hash' else 'tokenizers'}; train both from the same base"
+                )
+            if value is not None:
+                seen[value] = name
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _content_hash(files: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(files.items())).encode()).hexdigest()
+
+
+def _git_revision() -> str | None:
+    repository = Path(__file__).resolve().parents[1]
+    if not (repository / ".git").exists():  # an installed wheel
+        return None
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

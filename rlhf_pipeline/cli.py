@@ -1,0 +1,68 @@
+"""`rlhf <command> [arguments]`: Typer owns the command names, Hydra owns every argument of a stage."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The InstructGPT recipe, one stage at a time. Arguments of a stage are config overrides: key=value.",
+)
+
+STAGES = {
+    "pretrain": "Train a tokenizer and a base language model on text.",
+    "sft": "Fine-tune a model on demonstrations.",
+}
+
+FORWARDING = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def _complete(ctx: typer.Context) -> list[str]:
+    from rlhf_pipeline.hydra_bridge import complete
+
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return complete(str(ctx.info_name), typed)
+
+
+HydraArgs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE | HYDRA FLAGS]...", autocompletion=_complete, show_default=False),
+]
+
+
+def _add_stage(name: str, summary: str) -> None:
+    # No help option of its own: `rlhf sft --help` is Hydra's, which lists config groups and values.
+    @app.command(name, help=summary, add_help_option=False, context_settings=FORWARDING)
+    def command(hydra_args: HydraArgs = None) -> None:
+        from rlhf_pipeline.hydra_bridge import run_stage  # keeps `rlhf --help` free of Hydra and torch
+
+        run_stage(name, hydra_args or [])
+
+
+for _name, _summary in STAGES.items():
+    _add_stage(_name, _summary)
+
+
+@app.command(context_settings={**FORWARDING, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND [KEY=VALUE]...", help="such as: sft name=big")],
+    num_processes: Annotated[int, typer.Option(help="Processes on this machine, one a GPU.", min=1)] = 1,
+    hostfile: Annotated[str | None, typer.Option(help="DeepSpeed host file: run on several machines.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="A free port is found when this is left out.")] = None,
+) -> None:
+    """Run a stage in several processes."""
+    from rlhf_pipeline.launch import launch as start
+
+    raise typer.Exit(start(command, num_processes=num_processes, hostfile=hostfile, master_port=master_port))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from rlhf_pipeline import __version__
+
+    typer.echo(__version__)

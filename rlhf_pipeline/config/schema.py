@@ -1,0 +1,231 @@
+"""The typed sections that stage configs are made of. Values live in conf/; this file holds types and their meaning.
+
+A field is part of a run's *identity* (data, model, objective, optimisation, seed) unless it is marked
+`operational()`: processes, ZeRO stage, memory layout, logging, intervals, a longer run. A resumed run may
+change operational fields only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def operational(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """A field that a resumed run may change."""
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata={"operational": True})
+    return dataclasses.field(default=default, metadata={"operational": True})
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    auto = "auto"  # block on a GPU, dense on a CPU
+    dense = "dense"
+    block = "block"
+
+
+class Architecture(StrEnum):
+    llama = "llama"
+    qwen3 = "qwen3"
+    gpt2 = "gpt2"
+
+
+class Decay(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class OnBadRow(StrEnum):
+    error = "error"
+    skip = "skip"
+
+
+class LongPrompt(StrEnum):
+    drop = "drop"
+    keep_end = "keep_end"
+    keep_start = "keep_start"
+    error = "error"
+
+
+class LongResponse(StrEnum):
+    cut = "cut"
+    drop = "drop"
+    error = "error"
+
+
+class LossOn(StrEnum):
+    responses = "responses"
+    all = "all"
+
+
+class Wandb(StrEnum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda where there is one
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Offload(StrEnum):
+    none = "none"
+    cpu = "cpu"
+
+
+@dataclass(kw_only=True, slots=True)
+class ShapeConfig:
+    """A causal language model to build from scratch."""
+
+    architecture: Architecture = MISSING
+    hidden: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING  # fewer than heads: grouped-query attention; gpt2 has none, set it to heads
+    intermediate: int = MISSING  # width of the feed-forward layer
+    vocab_size: int = MISSING
+    context: int = MISSING  # positions the model is built for
+    tied: bool = True  # input and output embeddings are one matrix
+    init_std: float = 0.02
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Exactly one of `path` (an artifact, a Hugging Face folder or a hub id) and `shape` (from scratch)."""
+
+    path: str | None = None
+    shape: ShapeConfig | None = None
+    dtype: Dtype = Dtype.float32
+    dropout: float = 0.0  # every dropout of the model; the recipe trains without
+    revision: str | None = None  # of a hub id
+    trust_remote_code: bool = False
+    attention: Attention = operational(Attention.auto)
+    gradient_checkpointing: bool = operational(False)
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """`path: null` takes the model's tokenizer; `rlhf pretrain` from scratch trains one of model.shape.vocab_size."""
+
+    path: str | None = None
+    template: str | None = None  # name under conf/templates or a file; null keeps the tokenizer's own
+    train_documents: int = 50_000  # how many documents a new tokenizer is trained on
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where examples come from and how long ones are treated; see docs/data-formats.md."""
+
+    train: Any = None  # a file, folder, glob, hub id, or a list of them; demo:... is generated
+    heldout: Any = None  # the same; null splits heldout_fraction off train, by prompt
+    heldout_fraction: float = 0.02
+    format: str = "auto"
+    split: str = "train"  # of a hub id
+    max_examples: int | None = None
+    max_length: int = 2048  # tokens of a prompt and its response
+    max_prompt_length: int = 1024
+    long_prompt: LongPrompt = LongPrompt.drop
+    long_response: LongResponse = LongResponse.cut
+    on_bad_row: OnBadRow = OnBadRow.error
+    loss: LossOn = LossOn.responses
+    cache_dir: str = operational("${runs}/cache")
+
+
+@dataclass(kw_only=True, slots=True)
+class MixConfig:
+    """Pretraining text mixed into fine-tuning: `ratio` of the examples of every global batch, on average."""
+
+    train: Any = None
+    format: str = "auto"
+    split: str = "train"
+    ratio: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule. Nothing is left to an engine's default."""
+
+    lr: float = MISSING
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    max_grad_norm: float = 1.0  # 0 switches clipping off
+    decay: Decay = Decay.cosine
+    final_lr_fraction: float = 0.1  # the floor of linear and cosine decay
+    warmup_steps: int = 0
+    warmup_fraction: float = 0.0  # of all steps; added to warmup_steps
+    warmup_start_fraction: float = 0.1  # of lr, at the first step (InstructGPT's PPO warms up from a tenth)
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """A global batch is a number of examples, or (for text) of tokens; the rest is memory layout."""
+
+    examples: int | None = None
+    tokens: int | None = None
+    row_length: int = operational(512)  # tokens of one packed row; a longer example raises it
+    micro_rows: int = operational(4)  # packed rows in one forward pass
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    epochs: int = operational(1)
+    max_steps: int | None = operational(None)  # ends earlier; the schedule then spans max_steps
+    stop_after: int | None = operational(None)  # leave after this many steps, resumable, schedule unchanged
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """DeepSpeed, spelled out. `extra` goes into its JSON as it is; keys we own are refused there."""
+
+    zero_stage: int = 1
+    offload_optimizer: Offload = Offload.none
+    offload_parameters: Offload = Offload.none
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 100  # steps between resume states
+    keep: int = 2
+    artifact_every_epoch: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    every: int = 100  # steps between evaluations; one more at the end; 0 evaluates at the end only
+    before: bool = True  # also before the first step
+    examples: int | None = 512  # of the held-out set; null takes all
+    samples: int = 4  # held-out prompts answered at each evaluation
+    sample_tokens: int = 64
+    temperature: float = 0.7  # 0 is greedy
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    wandb: Wandb = Wandb.disabled
+    wandb_project: str = "rlhf_pipeline"
+    wandb_entity: str | None = None
+    tensorboard: bool = False
+    progress: bool = True
+    every: int = 1  # steps between lines of metrics.jsonl
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    device: Device = Device.auto
+    threads: int | None = None  # null: the processor's cores shared among the processes of this machine
+    keep_freed_memory: bool = True  # CPU: glibc keeps what torch frees, 1.2-1.8 x faster for some memory
+    rank_timeout_minutes: int = 30  # how long a collective may take before the run gives up

@@ -1,0 +1,284 @@
+"""Reads rows from local files, folders, globs and hub ids, and names the place of each one.
+
+A row is a dict of fields or the reason why there is none: one bad line never ends the reading, the caller
+decides. What the fields mean is `formats`' business. `datasets` is imported for hub ids only, pyarrow for
+Parquet only.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from rlhf_pipeline.data.records import BadRow
+from rlhf_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DOCUMENT_END = b"<|endoftext|>"  # alone on a line of a .txt file: ends a document
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+SPLITS = ("train", "validation", "valid", "dev", "eval", "test")
+
+_LOCAL_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_MAX_FIELD = 2**31 - 1  # characters of one CSV field; the csv module's own 131,072 is too few for documents
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`origin` is "file:line" (the row's first line) or, in a file without lines, "file:row N"; 1-based."""
+
+    origin: str
+    value: dict[str, Any] | BadRow
+
+
+def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Row]:
+    """Every row of `path`, in a fixed order.
+
+    `path` is a file, a folder (recursive, sorted), a glob, a hub id `owner/name`, or a list of these. `split`
+    picks the split of a hub id and, in a folder where files are named for splits, the files named for it.
+    Raises UserError for what does not exist or cannot be opened.
+    """
+    for source in _sources(path, split):
+        if isinstance(source, Path):
+            yield from _read_file(source)
+        else:
+            for number, value in enumerate(_hub(source, split), start=1):
+                yield Row(f"{source}:row {number}", value)
+
+
+def fingerprint(path: str | Sequence[str], split: str = "train") -> str:
+    """Hash of the content and order of everything `read_rows` would read; names and dates do not enter it."""
+    digest = hashlib.sha256()
+    for source in _sources(path, split):
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            digest.update(f"{source} {_hub(source, split)._fingerprint}".encode())
+    return digest.hexdigest()
+
+
+# Finding files
+
+
+def _sources(path: str | Sequence[str], split: str) -> list[Path | str]:
+    """Local files as Path, hub ids as str."""
+    if not isinstance(path, str):
+        return [source for one in path for source in _sources(one, split)]
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return list(_folder(local, split))
+    if local.exists():
+        _suffix(local)
+        return [local]
+    if glob.has_magic(path):
+        found = sorted(Path(match) for match in glob.glob(str(local), recursive=True))
+        files = [match for match in found if match.is_file() and _suffix(match)]
+        if not files:
+            raise UserError(f"{path}: no file matches")
+        return list(files)
+    is_data_file = local.name.removesuffix(".gz").endswith(SUFFIXES)
+    if _HUB_ID.fullmatch(path) and not is_data_file and not local.parent.is_dir():
+        return [path]
+    raise UserError(_missing(local))
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"{path}: no such file, and no folder {path.parent} either"
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return f"{path}: no such file" + (f"; in {path.parent} there is {', '.join(near)}" if near else "")
+
+
+def _suffix(path: Path) -> str:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix == ".gz"):
+        raise UserError(
+            f"{path}: not a kind of file that is read; known are {', '.join(SUFFIXES)}, all but .parquet also as .gz"
+        )
+    return suffix
+
+
+def _folder(folder: Path, split: str) -> list[Path]:
+    """A folder's data files; where files are named for splits, only those of `split`: never the test set."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file.name.removesuffix(".gz").endswith(SUFFIXES)
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(f"{folder}: no data files in it; known are {', '.join(SUFFIXES)}, also as .gz")
+    named = {file: set(_LOCAL_SPLIT.findall(str(file.relative_to(folder)).lower())) for file in files}
+    if not any(named.values()):
+        return files
+    unnamed = [file.name for file in files if not named[file]]
+    files = [file for file in files if split in named[file]]
+    if unnamed or not files:
+        raise UserError(
+            f"{folder}: cannot tell which files are its split {split!r}: "
+            + (f"{unnamed[0]} is named for none, others are" if unnamed else "none is named for it")
+            + "; name the files instead of the folder"
+        )
+    return files
+
+
+@lru_cache(maxsize=8)
+def _hub(name: str, split: str) -> Dataset:
+    """A data set of the hub. The import is here because it takes longer than reading most local files."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # of every kind: network, permission, configuration name, split
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name}: no local file, and as a hub id it cannot be loaded: {reason}") from error
+
+
+# Reading one file
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        try:
+            if suffix == ".txt":
+                yield from _documents(path, file)
+            elif suffix in (".csv", ".tsv"):
+                yield from _table(path, file, "\t" if suffix == ".tsv" else ",")
+            elif suffix == ".json" and _is_array(file):
+                yield from _array(path, file)
+            else:
+                yield from _lines(path, file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: the gzip file is damaged ({error}); copy it again") from error
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"byte {data[error.start]: #04x} at position {error.start}") from None
+
+
+def _parse(data: bytes) -> dict[str, Any] | BadRow:
+    try:
+        value = json.loads(_decode(data))
+    except BadRow as bad:
+        return bad
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", str(error))
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any] | BadRow:
+    return value if isinstance(value, dict) else BadRow("not a JSON object", type(value).__name__)
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield Row(f"{path}:{number}", _parse(line))
+
+
+def _is_array(file: BinaryIO) -> bool:
+    start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    file.seek(0)
+    return start.startswith(b"[")
+
+
+def _array(path: Path, file: BinaryIO) -> Iterator[Row]:
+    try:
+        values = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: not a JSON array: {error}") from error
+    for number, value in enumerate(values, start=1):
+        yield Row(f"{path}:row {number}", _object(value))
+
+
+def _table(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
+    """CSV by a header line. Undecodable bytes travel as surrogates, so that only their own row is bad."""
+    csv.field_size_limit(_MAX_FIELD)
+    text = (
+        (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).decode(errors="surrogateescape")
+        for number, line in enumerate(file)
+    )
+    reader = csv.reader(text, delimiter=delimiter)
+    header = next(reader, None)
+    if header is None:
+        return
+    while True:
+        origin = f"{path}:{reader.line_num + 1}"
+        value: dict[str, Any] | BadRow
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(origin, BadRow("not CSV", str(error)))
+            continue
+        if len(cells) != len(header):
+            if not cells:
+                continue  # an empty line
+            value = BadRow("wrong number of fields", f"{len(cells)}, the header has {len(header)}")
+        elif any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
+            value = BadRow("not UTF-8")
+        else:
+            value = dict(zip(header, cells, strict=True))
+        yield Row(origin, value)
+
+
+def _documents(path: Path, file: BinaryIO) -> Iterator[Row]:
+    """A .txt file is one document, or several that are ended by lines holding only `<|endoftext|>`."""
+    start = 1
+    lines: list[bytes] = []
+    for number, line in enumerate(file, start=1):
+        if line.strip() == DOCUMENT_END:
+            yield from _document(path, start, lines)
+            start, lines = number + 1, []
+        else:
+            lines.append(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+    if start == 1 or b"".join(lines).strip():  # nothing after the last separator is no document
+        yield from _document(path, start, lines)
+
+
+def _document(path: Path, start: int, lines: list[bytes]) -> Iterator[Row]:
+    try:
+        yield Row(f"{path}:{start}", {"text": _decode(b"".join(lines))})
+    except BadRow as bad:
+        yield Row(f"{path}:{start}", bad)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}:row {number}", value)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file after row {number}: {error}") from error

@@ -1,0 +1,247 @@
+"""Token trees in an Arrow file, read back as arrays over a memory map; `dataset` decides what goes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_pipeline.data.encode import Counts
+from rlhf_pipeline.data.tree import Tree
+
+_SCHEMA = pa.schema(
+    {
+        "prompt": pa.list_(pa.int32()),
+        "responses": pa.list_(pa.list_(pa.int32())),
+        "scored": pa.list_(pa.list_(pa.bool_())),
+        "targets": pa.int32(),
+        "group": pa.int64(),
+        "origin": pa.string(),
+    }
+)
+_SUMMARY = b"summary"  # metadata of the last, empty record batch: counts, bad rows, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A tree, the hash of its prompt and its place in the source."""
+
+    tree: Tree
+    group: int
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """One record batch as arrays over the memory map; `*_at` are offsets, one more than there are items."""
+
+    prompt_at: np.ndarray  # int32, tree -> prompt
+    prompt: np.ndarray  # int32
+    tree_at: np.ndarray  # int32, tree -> response
+    response_at: np.ndarray  # int32, response -> responses and scored
+    responses: np.ndarray  # int32
+    scored: np.ndarray  # uint8, 8 tokens a byte, lowest bit first
+    targets: np.ndarray  # int32
+    group: np.ndarray  # int64
+    origin: pa.StringArray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.prompt_at) + np.diff(self.response_at[self.tree_at])
+
+    def update(self, digest: Any) -> None:
+        """Enter everything that is trained on into a hash; where it came from is left out."""
+        digest.update(self.prompt_at)
+        digest.update(self.prompt)
+        digest.update(self.tree_at)
+        digest.update(self.response_at)
+        digest.update(self.responses)
+        digest.update(self.scored)
+        digest.update(self.targets)
+        digest.update(self.group)
+
+
+class TreeDataset:
+    """Token trees on disk, or some of them in another order (`select`). `data[i].index` is i.
+
+    `lengths` and `targets` are int64 [trees]: tokens of each tree and scored tokens among them; `groups`
+    int64 [trees] is equal for equal prompts. `fingerprint` is a hash of the content. `counts` and `bad_rows`
+    (the first few, with their reasons) tell what became of the rows of the source and are the same in a
+    selection.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[_Block],
+        rows: np.ndarray,
+        *,
+        counts: Counts,
+        bad_rows: list[str],
+        fingerprint: str,
+    ) -> None:
+        self.counts = counts
+        self.bad_rows = bad_rows
+        self.fingerprint = fingerprint
+        self.lengths = np.concatenate([block.lengths() for block in blocks]).astype(np.int64)[rows]
+        self.targets = np.concatenate([block.targets for block in blocks]).astype(np.int64)[rows]
+        self.groups = np.concatenate([block.group for block in blocks])[rows]
+        self._blocks = blocks
+        self._rows = rows
+        self._starts = np.cumsum([0, *map(len, blocks[:-1])]).tolist()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tree:
+        block, row = self._place(index)
+        first, end = block.tree_at[row], block.tree_at[row + 1]
+        at = block.response_at[first : end + 1].tolist()
+        low, high = at[0], at[-1]
+        bits = np.unpackbits(block.scored[low >> 3 : (high + 7) >> 3], bitorder="little").view(np.bool_)
+        scored = bits[low & 7 :]
+        spans = list(pairwise(at))
+        return Tree(
+            prompt=block.prompt[block.prompt_at[row] : block.prompt_at[row + 1]],
+            responses=tuple(block.responses[a:b] for a, b in spans),
+            scored=tuple(scored[a - low : b - low] for a, b in spans),
+            index=int(index),
+        )
+
+    def origin(self, index: int) -> str:
+        """Where an example comes from, as "file:line"."""
+        block, row = self._place(index)
+        return block.origin[row].as_py()
+
+    def select(self, indices: np.ndarray) -> TreeDataset:
+        """The examples `indices`, numbered anew from 0."""
+        rows = self._rows[indices]
+        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes())
+        return TreeDataset(
+            self._blocks, rows, counts=self.counts, bad_rows=self.bad_rows, fingerprint=digest.hexdigest()
+        )
+
+    def _place(self, index: int) -> tuple[_Block, int]:
+        if not 0 <= index < len(self._rows):
+            raise IndexError(index)
+        row = int(self._rows[index])
+        b = bisect_right(self._starts, row) - 1
+        return self._blocks[b], row - self._starts[b]
+
+
+def write(
+    file: Path, parts: Iterable[list[Example]], summarise: Callable[[int, int], tuple[Counts, list[str]]]
+) -> None:
+    """Write all examples, then an empty record batch whose metadata sums them up.
+
+    `summarise(tokens, targets)` is called at the end for the counts and the bad rows.
+    """
+    num_tokens = num_targets = 0
+    digest = hashlib.sha256()
+    with file.open("wb") as sink:
+        with pa.ipc.new_file(sink, _SCHEMA) as writer:
+            for examples in parts:
+                if not examples:
+                    continue
+                batch = _batch(examples)
+                block = _block(batch)
+                block.update(digest)
+                num_tokens += int(block.lengths().sum())
+                num_targets += int(block.targets.sum())
+                writer.write_batch(batch)
+            counts, bad_rows = summarise(num_tokens, num_targets)
+            summary = {
+                "counts": dataclasses.asdict(counts),
+                "bad_rows": bad_rows,
+                "fingerprint": digest.hexdigest(),
+            }
+            empty = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
+            writer.write_batch(empty, {_SUMMARY: json.dumps(summary).encode()})
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    trees = [example.tree for example in examples]
+    responses = [response for tree in trees for response in tree.responses]
+    scored = [mask for tree in trees for mask in tree.scored]
+    prompt_at = _offsets([len(tree.prompt) for tree in trees])
+    tree_at = _offsets([len(tree.responses) for tree in trees])
+    response_at = _offsets([len(response) for response in responses])
+    lists = pa.ListArray.from_arrays
+    return pa.record_batch(
+        [
+            lists(prompt_at, pa.array(np.concatenate([tree.prompt for tree in trees]))),
+            lists(tree_at, lists(response_at, pa.array(np.concatenate(responses)))),
+            lists(tree_at, lists(response_at, pa.array(np.concatenate(scored)))),
+            pa.array([sum(int(mask.sum()) for mask in tree.scored) for tree in trees], pa.int32()),
+            pa.array([example.group for example in examples], pa.int64()),
+            pa.array([example.origin for example in examples]),
+        ],
+        schema=_SCHEMA,
+    )
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Int32Array:
+    return pa.array(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def open_dataset(file: Path) -> TreeDataset:
+    """The trees of a file. Raises ValueError, or an error of pyarrow, if it is not what `write` wrote."""
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    if reader.num_record_batches < 2 or reader.schema != _SCHEMA:
+        raise ValueError("not a file of trees")
+    _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+    summary = json.loads(metadata[_SUMMARY])
+    blocks = [_block(reader.get_batch(i)) for i in range(reader.num_record_batches - 1)]
+    digest = hashlib.sha256()
+    for block in blocks:
+        block.update(digest)
+    counts = Counts(**summary["counts"])
+    num_trees = sum(map(len, blocks))
+    if digest.hexdigest() != summary["fingerprint"] or num_trees != counts.trees:
+        raise ValueError("its content does not fit its checksum")
+    return TreeDataset(
+        blocks,
+        np.arange(num_trees),
+        counts=counts,
+        bad_rows=summary["bad_rows"],
+        fingerprint=summary["fingerprint"],
+    )
+
+
+def _block(batch: pa.RecordBatch) -> _Block:
+    prompt, responses, scored, targets, group, origin = batch.columns
+    prompt_at = _view(prompt, 1, np.int32, len(prompt) + 1)
+    tree_at = _view(responses, 1, np.int32, len(responses) + 1)
+    inner = responses.values
+    response_at = _view(inner, 1, np.int32, int(tree_at[-1]) + 1)
+    num_tokens = int(response_at[-1])
+    return _Block(
+        prompt_at=prompt_at,
+        prompt=_view(prompt.values, 1, np.int32, int(prompt_at[-1])),
+        tree_at=tree_at,
+        response_at=response_at,
+        responses=_view(inner.values, 1, np.int32, num_tokens),
+        scored=_view(scored.values.values, 1, np.uint8, (num_tokens + 7) // 8),
+        targets=targets.to_numpy(),
+        group=group.to_numpy(),
+        origin=origin,
+    )
+
+
+def _view(array: pa.Array, buffer: int, dtype: type, count: int) -> np.ndarray:
+    """An array over one buffer of an Arrow array that has no offset, as those of a file have none."""
+    assert array.offset == 0
+    return np.frombuffer(array.buffers()[buffer], dtype, count)

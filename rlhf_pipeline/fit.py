@@ -1,0 +1,200 @@
+"""The loop that the offline stages share: a function over a stream of global batches, not a class to inherit from.
+
+A step: 1 counts, 2 forward and backward of every micro-batch, 3 refuse what is not finite, 4 update, 5 log, evaluate,
+save. It can be left after any step, by a signal or by kill -9, and goes on from the last state with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline import resume, runtime
+from rlhf_pipeline.config.schema import CheckpointConfig, EvaluationConfig, OptimConfig, TrackingConfig
+from rlhf_pipeline.data.packing import PackedTrees
+from rlhf_pipeline.engine import Engine
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.functional.schedules import learning_rate
+from rlhf_pipeline.functional.terms import Term, add_counts, objective
+from rlhf_pipeline.machine import peak_memory_bytes
+from rlhf_pipeline.models.tree_model import TreeBatch
+from rlhf_pipeline.run import Run
+from rlhf_pipeline.runtime import StopRequest
+
+Loss = Callable[[Tensor, TreeBatch], Mapping[str, Term]]
+Counts = Callable[[PackedTrees], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """This rank's part of a global batch."""
+
+    micro_batches: Sequence[PackedTrees]
+    epoch: int
+    ends_epoch: bool
+    origins: Callable[[], list[str]]  # file:line of the global batch's examples, for error messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long, how fast, and what happens when."""
+
+    num_steps: int
+    stop_after: int | None
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+
+    def learning_rate(self, step: int) -> float:
+        optim = self.optim
+        return learning_rate(
+            step,
+            num_steps=self.num_steps,
+            peak=optim.lr,
+            decay=optim.decay.value,
+            final_fraction=optim.final_lr_fraction,
+            warmup_steps=optim.warmup_steps + round(optim.warmup_fraction * self.num_steps),
+            warmup_start_fraction=optim.warmup_start_fraction,
+        )
+
+    def evaluates_after(self, done: int) -> bool:
+        every = self.evaluation.every
+        return done == self.num_steps or (every > 0 and done % every == 0)
+
+
+class Stopped(Exception):
+    """Training left early on request, with its state saved."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def fit(
+    *,
+    engine: Engine,
+    run: Run,
+    schedule: Schedule,
+    batches: Callable[[int], Step],
+    loss: Loss,
+    counts: Counts,
+    evaluate: Callable[[int], dict[str, float]],
+    save_artifact: Callable[[int, int, dict[str, float]], None],
+    tracker: Any,
+    stop: StopRequest,
+    state_meta: dict[str, Any],
+    flops_per_token: float,
+    peak_flops: float,
+) -> None:
+    """Train from the run's state to the end.
+
+    Args:
+        batches: the global batch of a step, this rank's part.
+        loss: terms of one micro-batch from the module's output.
+        counts: the same terms' counts, from the integers alone, so that they can be added up before the first backward.
+        evaluate: held-out metrics after a number of steps; logs its own samples.
+        save_artifact: called with (epoch, step, metrics) at the end of an epoch, and at the end.
+        state_meta: written into every resume state.
+
+    Raises:
+        Stopped: after a signal, with the state saved.
+        UserError: for a loss or gradient that is not finite, and for a full disk.
+    """
+    done = run.step
+    meter = _Meter(flops_per_token, peak_flops)
+    metrics: dict[str, float] = {}
+    if done == 0 and schedule.evaluation.before:
+        tracker.log(0, evaluate(0))
+    while done < schedule.num_steps:
+        step = batches(done)
+        rate = schedule.learning_rate(done)
+        means, norm, leaving = _update(engine, step, loss, counts, rate, done, stop)
+        done += 1
+        tokens = means.pop("tokens")
+        if done % schedule.tracking.every == 0 or done == schedule.num_steps:
+            values = {f"train/{name}": value for name, value in means.items()}
+            values |= {"train/grad_norm": norm, "train/lr": rate, "train/epoch": float(step.epoch + 1)}
+            tracker.log(done, values | meter.rates(tokens))
+        else:
+            meter.rates(tokens)
+        tracker.progress(done, schedule.num_steps)
+        if schedule.evaluates_after(done):
+            metrics = evaluate(done)
+            tracker.log(done, metrics)
+            meter.restart()
+        last = done == schedule.num_steps
+        if last or (step.ends_epoch and schedule.checkpoint.artifact_every_epoch):
+            save_artifact(step.epoch + 1, done, metrics)
+            meter.restart()
+        paused = leaving or done == schedule.stop_after
+        if last or paused or done % schedule.checkpoint.every == 0:
+            tracker.sync()
+            resume.save(run.folder, engine, step=done, meta=state_meta, keep=schedule.checkpoint.keep)
+            meter.restart()
+        if paused and not last:
+            raise Stopped(leaving)
+
+
+def _update(
+    engine: Engine, step: Step, loss: Loss, counts: Counts, rate: float, done: int, stop: StopRequest
+) -> tuple[dict[str, float], float, int]:
+    """One optimiser step. Returns the global means of all terms (with the number of tokens), gradient norm, exit code."""
+    global_counts = runtime.sum_over_ranks(add_counts(counts(micro) for micro in step.micro_batches))
+    sums: dict[str, Tensor] = {}
+    for i, micro in enumerate(step.micro_batches):
+        batch = TreeBatch.of(micro, engine.device)
+        terms = loss(engine(batch), batch)
+        engine.backward(objective(terms, global_counts), last=i == len(step.micro_batches) - 1)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.sum.detach()
+    local = dict(zip(sums, torch.stack(list(sums.values())).double().tolist(), strict=True))
+    local["tokens"] = float(sum(micro.num_tokens for micro in step.micro_batches))
+    leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
+    total = runtime.sum_over_ranks(local)
+    tokens = total.pop("tokens")
+    means = {name: value / max(global_counts[name], 1.0) for name, value in total.items()}
+    _require_finite("loss", list(means.values()), step, done)
+    norm = engine.step(rate)
+    _require_finite("gradient norm", [norm], step, done)
+    return means | {"tokens": tokens}, norm, leaving
+
+
+def _require_finite(what: str, values: list[float], step: Step, done: int) -> None:
+    if not all(math.isfinite(value) for value in values):
+        origins = step.origins()
+        shown = ", ".join(origins[:16]) + (f" and {len(origins) - 16} more" if len(origins) > 16 else "")
+        raise UserError(
+            f"step {done + 1}: the {what} is not finite ({', '.join(map(str, values))}). The weights were not saved; the "
+            f"last state on disk is from before it. Examples of this batch: {shown}. "
+            "A lower optim.lr, a smaller optim.max_grad_norm or model.dtype=float32 often helps."
+        )
+
+
+class _Meter:
+    """Throughput between two calls; time spent on evaluating and saving does not count."""
+
+    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+
+    def rates(self, tokens: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        self.restart()
+        per_second = tokens / seconds
+        return {
+            "time/step_seconds": seconds,
+            "time/tokens_per_second": per_second,
+            "time/share_of_peak": per_second * self.flops_per_token / (self.peak_flops * runtime.world_size()),
+            "time/peak_memory_gb": peak_memory_bytes() / 1e9,
+        }

@@ -1,0 +1,33 @@
+"""Learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(
+    step: int,
+    *,
+    num_steps: int,
+    peak: float,
+    decay: str,
+    final_fraction: float,
+    warmup_steps: int,
+    warmup_start_fraction: float,
+) -> float:
+    """The rate of step 0..num_steps-1: a linear warm-up to `peak`, then `decay` to final_fraction * peak.
+
+    decay: "constant", "linear" or "cosine". The last step of a decaying schedule is the one that reaches the floor.
+
+    Raises:
+        ValueError: for another decay.
+    """
+    if step < warmup_steps:
+        return peak * (warmup_start_fraction + (1 - warmup_start_fraction) * step / warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    if decay not in shapes:
+        raise ValueError(f"decay must be one of {', '.join(shapes)}, not {decay!r}")
+    if decay == "constant":
+        return peak
+    return peak * (final_fraction + (1 - final_fraction) * shapes[decay])

@@ -1,0 +1,158 @@
+"""Causal language models: from a folder, a hub id or a shape, with no dropout unless asked, ZeRO-3 partitioned as built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_pipeline.config.schema import Architecture, Attention, Dtype, ModelConfig, ShapeConfig
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.tree_model import TreeModel
+
+TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+def load_policy(
+    model: ModelConfig, *, tokenizer: Any, seed: int, device: torch.device, deepspeed_config: dict[str, Any] | None
+) -> TreeModel:
+    """The trainable model of a stage, on the CPU (or partitioned, when `deepspeed_config` is a ZeRO-3 one).
+
+    Raises:
+        UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees.
+    """
+    block_mask = model.attention is Attention.block or (model.attention is Attention.auto and device.type == "cuda")
+    attention = "flex_attention" if block_mask else "sdpa"
+    with zero3_construction(deepspeed_config):
+        inner = _from_shape(model, attention, seed) if model.shape else _from_pretrained(model, attention)
+    set_special_ids(inner, tokenizer)
+    if model.gradient_checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    return TreeModel(inner, block_mask=block_mask)
+
+
+@contextmanager
+def zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it transformers builds and loads models in partitions, so that no process ever holds a whole one."""
+    if deepspeed_config is None or deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as integration
+
+    kept_alive = integration.HfDeepSpeedConfig(deepspeed_config)  # transformers holds a weak reference to it
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
+        del kept_alive
+
+
+def _from_pretrained(model: ModelConfig, attention: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = str(model.path)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if not Path(path).is_dir():
+        options["revision"] = model.revision
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        set_dropout(config, model.dropout)
+        options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype]}
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
+        except ValueError as error:
+            if "attention" not in str(error):
+                raise
+            # Families without scaled-dot-product attention say so here; their own attention takes the same mask.
+            return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={path}: cannot be opened as a causal language model: {error}") from error
+
+
+def _from_shape(model: ModelConfig, attention: str, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    assert model.shape is not None
+    config = shape_config(model.shape)
+    set_dropout(config, model.dropout)
+    inner = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=TORCH_DTYPES[model.dtype])
+    _initialise(inner, seed)
+    return inner
+
+
+def shape_config(shape: ShapeConfig) -> Any:
+    """The transformers config of a shape."""
+    from transformers import AutoConfig
+
+    if shape.architecture is Architecture.gpt2:
+        return AutoConfig.for_model(
+            "gpt2",
+            n_embd=shape.hidden,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            n_inner=shape.intermediate,
+            vocab_size=shape.vocab_size,
+            n_positions=shape.context,
+            tie_word_embeddings=shape.tied,
+            initializer_range=shape.init_std,
+            bos_token_id=None,  # GPT-2's own ids lie outside a smaller vocabulary
+            eos_token_id=None,
+        )
+    return AutoConfig.for_model(
+        shape.architecture.value,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=shape.tied,
+        initializer_range=shape.init_std,
+    )
+
+
+@torch.no_grad()
+def _initialise(inner: Any, seed: int) -> None:
+    """Draw the weights from `seed` module by module, so that they are the same whatever partitions the model is in."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    torch.manual_seed(seed)
+    for module in inner.modules():
+        own = list(module.parameters(recurse=False))
+        if is_deepspeed_zero3_enabled() and own:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
+                inner._init_weights(module)
+        else:
+            inner._init_weights(module)
+    inner.tie_weights()
+
+
+def set_dropout(config: Any, value: float) -> None:
+    """Set every dropout probability that a model's config knows."""
+    for name, current in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(current, int | float):
+            setattr(config, name, value)
+
+
+def set_special_ids(inner: Any, tokenizer: Any) -> None:
+    """Give the model the tokenizer's special ids, so that what opens the saved folder generates and stops as we do.
+
+    Raises:
+        UserError: when the tokenizer has more tokens than the model has embeddings.
+    """
+    vocabulary = inner.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"tokenizer: it has {len(tokenizer)} tokens and the model has embeddings for {vocabulary}; "
+            "use the tokenizer the model was trained with"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(inner.config, name, getattr(tokenizer, name))
+        setattr(inner.generation_config, name, getattr(tokenizer, name))

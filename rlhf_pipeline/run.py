@@ -1,0 +1,89 @@
+"""A run's folder: is it new, resumed or somebody else's? Decided before anything is loaded.
+
+    runs/<name>/<stage>/run.json      the identity of the run
+                        config.yaml   the resolved config, secrets masked
+                        metrics.jsonl, samples.jsonl
+                        state/        resume states, see resume.py
+                        artifact/     what the next stage reads, see artifact.py
+                        artifacts/epoch_<n>/
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline import resume, runtime
+from rlhf_pipeline.config.identity import differences, identity, plain
+from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import write_json
+from rlhf_pipeline.tracking import redact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """An opened run folder. `state` is where training goes on, None at a new run."""
+
+    folder: Path
+    stage: str
+    config: dict[str, Any]  # resolved, secrets masked
+    state: resume.State | None
+    warnings: list[str] = field(default_factory=list)
+    lock: Any = None  # held as long as the process lives
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps already made."""
+        return self.state.step if self.state else 0
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+    def epoch_artifact(self, epoch: int) -> Path:
+        return self.folder / "artifacts" / f"epoch_{epoch}"
+
+
+def open_run(config: StageConfig, stage: str) -> Run:
+    """Open or create the folder `config.run_dir`. Every rank calls it; the first one writes.
+
+    Raises:
+        UserError: when the folder belongs to a run with another identity, or a process is at work in it.
+    """
+    folder = Path(config.run_dir)
+    now = identity(config)
+    resolved = redact(plain(config))
+    marker = folder / "run.json"
+    lock = None
+    if runtime.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    if marker.is_file():
+        changed = differences(json.loads(marker.read_text())["identity"], redact(plain(now)))
+        if changed:
+            lines = "\n".join(f"  - {line}" for line in changed)
+            raise UserError(
+                f"{folder}: holds a run with another config\n{lines}\n"
+                f"Choose another name=..., or remove {folder} to begin again."
+            )
+    state, warnings = resume.find(folder)
+    if runtime.is_main():
+        from omegaconf import OmegaConf
+
+        write_json(marker, {"stage": stage, "identity": redact(plain(now))})
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    return Run(folder=folder, stage=stage, config=resolved, state=state, warnings=warnings, lock=lock)
+
+
+def _lock(folder: Path) -> Any:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work on this run; wait for it, or choose another name=...") from None
+    return lock
