@@ -6,8 +6,8 @@ import os
 import re
 import sys
 from importlib import import_module
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline import config
 from rlhf_pipeline.errors import UserError
@@ -65,24 +65,29 @@ def preflight(stage: str, args: list[str]) -> None:
     """
     from hydra._internal.utils import get_args_parser
 
-    from rlhf_pipeline.config.compose import compose, compose_node, refuse
+    from rlhf_pipeline.config.compose import compose_node, examine, refuse
 
     saved, sys.argv = sys.argv, [f"rlhf {stage}", *args]  # argparse prints it as the program's name
     try:
         parsed = get_args_parser().parse_args(args)
     finally:
         sys.argv = saved
-    if parsed.help or parsed.hydra_help or parsed.shell_completion or parsed.info or parsed.experimental_rerun:
+    if parsed.hydra_help or parsed.shell_completion or parsed.experimental_rerun:
         return
+    if parsed.config_path:
+        raise UserError(
+            "--config-path: would hide the configs that rlhf comes with; --config-dir adds a folder to them"
+        )
     if parsed.config_dir and not os.path.isdir(parsed.config_dir):
         raise UserError(f"--config-dir {parsed.config_dir}: there is no such folder")
     where = {"extra_dir": parsed.config_dir, "config_name": parsed.config_name}
-    if parsed.cfg:
-        refuse(stage, compose_node(stage, parsed.overrides, **where)[1])
+    if parsed.help or parsed.info or parsed.cfg:  # these show a config that may still lack values
+        _, refused = compose_node(stage, parsed.overrides, **where)
+        refuse(stage, [line for lines in refused.values() for line in lines])
         return
-    jobs = _sweep(parsed.overrides) if parsed.multirun else [parsed.overrides]
-    for overrides in jobs:
-        compose(stage, [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))], **where)
+    jobs = _jobs(parsed.overrides, parsed.config_dir) if parsed.multirun else [parsed.overrides]
+    problems = [line for job in jobs for line in examine(stage, job, **where)[1]]
+    refuse(stage, list(dict.fromkeys(problems)))  # many jobs may share one
 
 
 def leave(error: UserError) -> None:
@@ -93,46 +98,60 @@ def leave(error: UserError) -> None:
 
 
 def complete(stage: str, typed: str) -> list[str]:
-    """Candidates for the override under the cursor; an unfinished line completes to nothing."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    """Candidates for the override under the cursor; an unfinished line completes to nothing.
+
+    `typed` is the command line up to the cursor, its words divided by blanks or new lines.
+    """
     from hydra._internal.core_plugins.bash_completion import BashCompletion
-    from hydra._internal.utils import create_config_search_path
     from hydra.errors import HydraException
 
+    from rlhf_pipeline.config.schema import choices
+    from rlhf_pipeline.config.stages import STAGES
+
     line = re.sub(r"\s+", " ", typed)
-    split_at_equals = " =" in line  # bash breaks words at "="; zsh and fish do not
-    line = line.replace(" = ", "=").replace(" =", "=").partition(f" {stage}")[2]
+    split_at_equals = " =" in line  # bash breaks words at "=" and ":"; zsh and fish do not
+    line = re.sub(r" ([=:]) ?", r"\1", line).partition(f" {stage}")[2]
+    word = line.rpartition(" ")[2]
+    key, is_value, value = word.partition("=")
+    extra_dir = re.search(r" (?:--config-dir|-cd)[ =](\S+)", line)
     config.register()
-    loader = ConfigLoaderImpl(create_config_search_path(str(config.config_dir())))
     try:
-        found = BashCompletion(loader)._query(config_name=stage, line=line)
+        found = BashCompletion(_loader(extra_dir and extra_dir[1]))._query(config_name=stage, line=line)
     except HydraException:
         return []
-    typing_a_value = "=" in line.rpartition(" ")[2]
-    return [c.partition("=")[2] for c in found] if split_at_equals and typing_a_value else found
+    if is_value and (known := choices(STAGES[stage], key)):  # Hydra offers only the present value
+        found = [f"{key}={one}" for one in known if one.startswith(value)]
+    return [c.partition("=")[2] for c in found] if split_at_equals and is_value else found
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _sweep(overrides: list[str]) -> list[list[str]]:
-    """One list of overrides for each value that a sweep tries, the other sweeps at their first value.
+def _loader(extra_dir: str | None) -> Any:
+    """Hydra's own loader over conf/ and the folder of --config-dir."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
 
-    Sweeps whose values Hydra finds itself (`glob`) are left to Hydra.
-    """
+    path = create_config_search_path(str(config.config_dir()))
+    if extra_dir:
+        path.append("command-line", f"file://{os.path.abspath(extra_dir)}")
+    return ConfigLoaderImpl(path)
+
+
+def _jobs(overrides: list[str], extra_dir: str | None) -> list[list[str]]:
+    """The overrides of every job of a sweep. Intervals, which only some sweepers know, are left to those."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-    fixed: list[str] = []
-    sweeps: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(overrides):
-        if not override.is_sweep_override():
-            fixed.append(str(override.input_line))
-        elif not override.is_glob_sweep() if hasattr(override, "is_glob_sweep") else override.is_discrete_sweep():
-            key = override.get_key_element()
-            sweeps.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    first = [values[0] for values in sweeps]
-    varied = chain.from_iterable(
-        [[*fixed, *first[:i], value, *first[i + 1 :]] for value in values] for i, values in enumerate(sweeps)
-    )
-    return list(varied) or [fixed]
+    try:
+        parsed = OverridesParser.create(config_loader=_loader(extra_dir)).parse_overrides(overrides)
+    except HydraException:  # no override at all: composing says which one
+        return [overrides]
+    values: list[list[str]] = []
+    for override in parsed:
+        if override.is_discrete_sweep():
+            values.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():
+            values.append([str(override.input_line)])
+    return [list(job) for job in product(*values)]

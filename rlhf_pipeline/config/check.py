@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_pipeline.config.schema import Architecture, DataConfig, Dtype, ModelConfig, Offload, OptimConfig
+from rlhf_pipeline.config.schema import Architecture, Attention, DataConfig, Dtype, ModelConfig, Offload, OptimConfig
 from rlhf_pipeline.config.stages import PretrainConfig, SftConfig, StageConfig
 
 # Keys of DeepSpeed's JSON that `engine.extra` may set; the engine owns the others (dtype, clipping, batch sizes,
@@ -30,7 +32,25 @@ DEEPSPEED_KEYS = {
 
 def check(config: StageConfig) -> list[str]:
     """Every problem of a composed config, one line each."""
-    return [*_model(config), *_data(config.data), *_optim(config.optim), *_loop(config), *_engine(config), *_stage(config)]
+    sections = (
+        _model(config),
+        _data(config.data),
+        _optim(config.optim),
+        _loop(config),
+        _engine(config),
+        _stage(config),
+    )
+    return [*_finite(config), *(problem for section in sections for problem in section)]
+
+
+def _finite(section: Any, prefix: str = "") -> Iterator[str]:
+    """nan and inf pass for numbers, and nan for any comparison."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _finite(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{prefix}{f.name}={value}: must be a finite number"
 
 
 def _model(config: StageConfig) -> Iterator[str]:
@@ -42,6 +62,8 @@ def _model(config: StageConfig) -> Iterator[str]:
             "(from scratch, for example model=7m)"
         )
     yield from _between("model.dropout", model.dropout, 0, 1)
+    if model.attention is Attention.block and model.dropout > 0:
+        yield f"model.attention=block: has no dropout, and model.dropout={model.dropout}; use model.attention=dense"
     if shape is None:
         return
     for name in ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab_size", "context"):
@@ -111,6 +133,7 @@ def _loop(config: StageConfig) -> Iterator[str]:
         "train.stop_after": train.stop_after,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "tokenizer.train_documents": config.tokenizer.train_documents,
         "evaluation.examples": evaluation.examples,
         "evaluation.sample_tokens": evaluation.sample_tokens,
         "tracking.every": config.tracking.every,
@@ -124,6 +147,8 @@ def _loop(config: StageConfig) -> Iterator[str]:
     for name in ("every", "samples", "temperature"):
         if getattr(evaluation, name) < 0:
             yield f"evaluation.{name}={getattr(evaluation, name)}: must not be negative"
+    if not config.run_dir:
+        yield "run_dir: must name a folder; leave it out for runs/<name>/<stage>"
     if not config.name or "/" in config.name or config.name.startswith("."):
         yield f"name={config.name!r}: a run's name is a folder name, without a slash and not starting with a dot"
 
@@ -153,8 +178,10 @@ def _stage(config: StageConfig) -> Iterator[str]:
             yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
         if not 0 <= config.mix.ratio < 1:
             yield f"mix.ratio={config.mix.ratio}: must be at least 0 and less than 1"
-        elif (config.mix.ratio > 0) != (config.mix.train is not None):
-            yield "mix: mix.train and a mix.ratio above 0 go together"
+        if config.mix.ratio > 0 or config.mix.train is not None:
+            yield from _source("mix.train", config.mix.train)
+        if config.mix.train is not None and config.mix.ratio == 0:
+            yield "mix.ratio=0.0: leaves mix.train out; give the share of the examples that it is to have"
 
 
 def _positive(key: str, value: float) -> Iterator[str]:

@@ -6,20 +6,31 @@ so that a user with three typing mistakes reads three lines, each with the key a
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_pipeline.config import config_dir, register
 from rlhf_pipeline.config.check import check
+from rlhf_pipeline.config.explain import (
+    REFUSALS,
+    explain,
+    first_line,
+    group_files,
+    key_of,
+    known_keys,
+    nearest,
+    no_such_key,
+)
+from rlhf_pipeline.config.stages import STAGES
 from rlhf_pipeline.errors import UserError
 
 
@@ -29,37 +40,66 @@ def compose(stage: str, overrides: list[str], *, extra_dir: str | None = None, c
     Raises:
         UserError: listing every problem found.
     """
-    node, problems = compose_node(stage, overrides, extra_dir=extra_dir, config_name=config_name)
-    problems += [f"{key}: has no value; add {key}=..." for key in sorted(OmegaConf.missing_keys(node))]
-    if not any("has no value" in p for p in problems):
-        problems += check(to_object(node))
+    config, problems = examine(stage, overrides, extra_dir=extra_dir, config_name=config_name)
     refuse(stage, problems)
-    return to_object(node)
+    return config
+
+
+def examine(
+    stage: str, overrides: list[str], *, extra_dir: str | None = None, config_name: str | None = None
+) -> tuple[Any, list[str]]:
+    """The config object of `stage`, without the overrides that were refused, and a line for each problem.
+
+    The object is None where a key has no value or a wrong reference. Complaints about a part of the config that a
+    refused override was to choose are left out: they would be about values that the user did not ask for.
+    """
+    node, refused = compose_node(stage, overrides, extra_dir=extra_dir, config_name=config_name)
+    problems = [line for lines in refused.values() for line in lines]
+    if "" in refused:
+        return None, problems
+    if missing := sorted(OmegaConf.missing_keys(node)):
+        return None, [*problems, *(f"{key}: has no value; add {key}=..." for key in missing)]
+    config = to_object(node)
+    parts = {key_of(override) for override in refused}
+    if "experiment" not in parts:
+        problems += [line for line in check(config) if re.split(r"[.=:\[]", line)[0] not in parts]
+    return config, problems
 
 
 def compose_node(
     stage: str, overrides: list[str], *, extra_dir: str | None = None, config_name: str | None = None
-) -> tuple[DictConfig, list[str]]:
-    """The composed node, without the overrides that could not be applied, and a line for each of those."""
+) -> tuple[DictConfig, dict[str, list[str]]]:
+    """The composed node without the refused overrides, and the problems by override ("": of the whole).
+
+    Raises:
+        UserError: when there is no such stage, or its primary file cannot be composed.
+    """
+    if stage not in STAGES:
+        raise UserError(
+            f"rlhf {stage}: there is no such stage{nearest(stage, list(STAGES))}; one of {', '.join(STAGES)}"
+        )
     register()
     name = config_name or stage
-    searchpath = [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"] if extra_dir else []
+    searchpath = [f"hydra.searchpath=['file://{Path(extra_dir).resolve()}']"] if extra_dir else []
+    folders = [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
     GlobalHydra.instance().clear()
+    refused: dict[str, list[str]] = {}
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
-            return hydra_compose(name, [*searchpath, *overrides]), []
-        except (HydraException, OmegaConfBaseException):
-            pass
-        accepted: list[str] = []
-        problems: list[str] = []
-        node = hydra_compose(name, searchpath)
-        for override in sorted(overrides, key=lambda o: not _is_group_choice(o)):
-            try:
-                node = hydra_compose(name, [*searchpath, *accepted, override])
-                accepted.append(override)
-            except (HydraException, OmegaConfBaseException) as error:
-                problems.append(_explain(override, error, node))
-        return node, problems
+            node = hydra_compose(name, [*searchpath, *overrides])
+        except REFUSALS:
+            node, refused = _one_by_one(name, searchpath, overrides, folders)
+        if added := _undeclared(node, overrides):
+            node = hydra_compose(name, [*searchpath, *(o for o in overrides if o not in refused.keys() | added.keys())])
+            refused |= {o: [f"{o}: {no_such_key(key, node)}" for key in keys] for o, keys in added.items()}
+    if OmegaConf.get_type(node) is not STAGES[stage]:
+        raise UserError(
+            f"--config-name {name}: is no config of rlhf {stage}; its defaults must begin with {stage}_schema"
+        )
+    refused |= _of_another_stage(stage, overrides)
+    if unresolvable := list(_unresolvable(node)):
+        refused[""] = unresolvable
+    return node, refused
 
 
 def refuse(stage: str, problems: list[str]) -> None:
@@ -75,55 +115,71 @@ def to_object(node: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
+        raise UserError(f"{error.full_key or 'config'}: {first_line(error)}") from None
 
 
-def _is_group_choice(override: str) -> bool:
-    key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-    return (config_dir() / key).is_dir()
+def _one_by_one(
+    name: str, searchpath: list[str], overrides: list[str], folders: list[Path]
+) -> tuple[DictConfig, dict[str, list[str]]]:
+    """What the overrides that Hydra accepts compose to, and why it refuses each of the others."""
+    try:
+        node = hydra_compose(name, searchpath)
+    except REFUSALS as error:
+        said = " ".join(str(error).split("\n")[:2])
+        raise UserError(f"the config {name} cannot be composed: {said}") from None
+    accepted: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for override in sorted(overrides, key=lambda o: not group_files(key_of(o), folders)):  # groups first
+        try:
+            node = hydra_compose(name, [*searchpath, *accepted, override])
+            accepted.append(override)
+        except REFUSALS as error:
+            refused[override] = [f"{override}: {why}" for why in explain(override, error, node, folders)]
+    return node, refused
 
 
-def _explain(override: str, error: Exception, node: DictConfig) -> str:
-    """One line: the override as typed, what is wrong, the nearest valid spelling."""
-    key, _, value = override.lstrip("+~").partition("=")
-    if _is_group_choice(override):
-        options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
-        return f"{override}: there is no such choice{_nearest(value, options)}; {key} is one of {', '.join(options)}"
-    cause = error.__cause__ or error
-    text = _first_line(cause)
-    if OmegaConf.select(node, key, default=_ABSENT) is not _ABSENT and "not in" not in text:
-        return f"{override}: {text}"
-    if isinstance(error, OmegaConfBaseException) or re.search(r"not in|No match|Could not override|append", str(error)):
-        return f"{override}: there is no key {key!r}{_nearest(key, known_keys(node))}"
-    return f"{override}: {text}"
+def _undeclared(node: DictConfig, overrides: list[str]) -> dict[str, list[str]]:
+    """The keys that each override of the form +key=value has put where the schema knows none."""
+    found: dict[str, list[str]] = {}
+
+    def walk(prefix: str, values: DictConfig) -> None:
+        schema = OmegaConf.get_type(values)
+        declared = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+        for name in map(str, values):
+            key = f"{prefix}{name}"
+            if declared is not None and name not in declared:
+                override = next(o for o in overrides if o.startswith("+") and _one_holds_the_other(key_of(o), key))
+                found.setdefault(override, []).append(key)
+            elif OmegaConf.is_missing(values, name) or OmegaConf.is_interpolation(values, name):
+                continue
+            elif isinstance(values[name], DictConfig):
+                walk(f"{key}.", values[name])
+
+    walk("", node)
+    return found
 
 
-_ABSENT = object()
+def _one_holds_the_other(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _unresolvable(node: DictConfig) -> Iterator[str]:
+    """Values that refer to something which does not exist."""
+    for key in known_keys(node):
+        try:
+            value = OmegaConf.select(node, key)
+            if isinstance(value, ListConfig):
+                OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            yield f"{key}: {first_line(error)}"
 
 
-def known_keys(node: DictConfig) -> list[str]:
-    """Every dotted key that an override can name."""
-    keys: list[str] = []
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                keys.append(f"{prefix}{name}")
-                walk(f"{prefix}{name}.", item)
-
-    walk("", OmegaConf.to_container(node, resolve=False, throw_on_missing=False))
-    return keys
-
-
-def _nearest(typed: str, options: list[str]) -> str:
-    """' (did you mean x?)' for the closest option: by the whole key, else by its last part."""
-    close = difflib.get_close_matches(typed, options, n=1, cutoff=0.75)
-    if not close:
-        last = {option: option.rpartition(".")[2] for option in options}
-        name = difflib.get_close_matches(typed.rpartition(".")[2], list(last.values()), n=1, cutoff=0.6)
-        close = [option for option, part in last.items() if name and part == name[0]][:1]
-    return f" (did you mean {close[0]}?)" if close else ""
+def _of_another_stage(stage: str, overrides: list[str]) -> dict[str, list[str]]:
+    """Experiments are named <name>_<stage>; one of another stage would compose and train something else."""
+    return {
+        override: [f"{override}: is an experiment of rlhf {other}, by its name"]
+        for override in overrides
+        if key_of(override) == "experiment"
+        for other in STAGES
+        if other != stage and override.rstrip("]").endswith(f"_{other}")
+    }

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from enum import Enum, StrEnum
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -28,9 +29,10 @@ class Dtype(StrEnum):
 
 
 class Attention(StrEnum):
-    auto = "auto"  # block on a GPU, dense on a CPU
-    dense = "dense"
-    block = "block"
+    auto = "auto"  # block on a GPU, paths on a CPU
+    dense = "dense"  # an additive mask of the whole row; every model can do it
+    paths = "paths"  # each path by itself, without a mask
+    block = "block"  # flex attention with a block mask; GPU
 
 
 class Architecture(StrEnum):
@@ -229,3 +231,14 @@ class RuntimeConfig:
     threads: int | None = None  # null: the processor's cores shared among the processes of this machine
     keep_freed_memory: bool = True  # CPU: glibc keeps what torch frees, 1.2-1.8 x faster for some memory
     rank_timeout_minutes: int = 30  # how long a collective may take before the run gives up
+
+
+def choices(schema: type, key: str) -> list[str]:
+    """What a dotted key of `schema` can be set to, where that is an enumeration or a yes or no; else nothing."""
+    kind: Any = schema
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = next((part for part in get_args(kind) if part is not NoneType), kind)  # of X | None
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [member.value for member in kind]
+    return ["true", "false"] if kind is bool else []

@@ -147,7 +147,7 @@ def fit(
         scored=tuple(scored[:room] for _, scored in responses),
         index=first_index,
     )
-    if not any(scored.any() for scored in tree.scored):
+    if not all(scored.any() for scored in tree.scored):
         return Encoded(outcome="dropped_no_target")
     return Encoded(
         outcome="kept",

@@ -18,6 +18,15 @@ from rlhf_pipeline.data.tree import Tree
 PADDING = -1  # tree number of positions that belong to none
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens along one path: a prompt with its first response, a further response, or padding."""
+
+    length: int
+    trunk: int | None = None  # of a further response: the segment that begins with its prompt
+    prompt_length: int = 0  # of a further response
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTrees:
     """One micro-batch: B rows of T tokens, N scored response tokens, R responses.
@@ -36,7 +45,7 @@ class PackedTrees:
     last: np.ndarray  # int64 [R]; flat position of each response's last token
     group: np.ndarray  # int64 [R]; which data set a response comes from
     index: np.ndarray  # int64 [R]; the response's example within that data set
-    path_length: int  # tokens of the longest prompt + response
+    segments: tuple[Segment, ...]  # the B * T positions, in order
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +106,8 @@ def pack(
 
     No trees at all gives one row of padding without a target: a micro-batch of weight zero.
     """
-    num_rows = max(1, len(rows))
+    rows = rows or [[]]
+    num_rows = len(rows)
     width = max((sum(len(tree) for tree in row) for row in rows), default=0) or 8
     width = -(-width // width_multiple) * width_multiple
     tokens = np.zeros((num_rows, width), np.int64)
@@ -110,7 +120,7 @@ def pack(
     last: list[int] = []
     group: list[int] = []
     index: list[int] = []
-    path_length = 1
+    segments: list[Segment] = []
     for r, row in enumerate(rows):
         start = 0
         for t, tree in enumerate(row):
@@ -119,12 +129,15 @@ def pack(
             tokens[r, start : start + length] = tree.prompt
             positions[r, start : start + length] = np.arange(length)
             prompt_end = at = start + length
+            trunk = len(segments)
             for k, (response, scored) in enumerate(zip(tree.responses, tree.scored, strict=True)):
                 end = at + len(response)
                 tokens[r, at:end] = response
                 positions[r, at:end] = np.arange(length, length + len(response))
                 branch_of[r, at:end] = k + 1
-                path_length = max(path_length, length + len(response))
+                segments.append(
+                    Segment(length + len(response)) if k == 0 else Segment(len(response), trunk, prompt_length=length)
+                )
                 here = np.flatnonzero(scored)
                 # The token before the first of a branch is the prompt's last one, wherever the branch lies.
                 source.append(r * width + np.where(here == 0, prompt_end - 1, at + here - 1))
@@ -135,6 +148,8 @@ def pack(
                 index.append(tree.index)
                 at = end
             start += len(tree)
+        if start < width:
+            segments.append(Segment(width - start))
     return PackedTrees(
         tokens=tokens,
         positions=positions,
@@ -146,7 +161,7 @@ def pack(
         last=np.asarray(last, np.int64),
         group=np.asarray(group, np.int64),
         index=np.asarray(index, np.int64),
-        path_length=path_length,
+        segments=tuple(segments),
     )
 
 

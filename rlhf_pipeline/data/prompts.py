@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ class Renderer:
         self._has_blocks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
         control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         control |= set(tokenizer.all_special_tokens)
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        self._control = re.compile(_any_of(control))
         self._marked = re.compile(f"{_OPEN}({self._control.pattern}){_CLOSE}")
         self._control_ids = {self._id(token) for token in control}
         self._anchor_ids = self._ids([_ANCHOR], plain=False)[0]
@@ -321,7 +321,7 @@ class Renderer:
         try:
             text = self._render(chat, prompt=False)[0]
         except BadRow as error:
-            raise UserError(f"the chat template renders no plain question and answer: {error}. {_ADVICE}") from error
+            raise UserError(f"the chat template renders no question and answer: {error}. {_ADVICE}") from error
         end = self._control.search(text, text.rfind(chat[1]["content"]) + len(chat[1]["content"]))
         if chat[1]["content"] not in text or end is None:
             raise UserError(
@@ -341,6 +341,17 @@ class Renderer:
         ends_turns = bos in self.end_ids  # one token for both, as GPT-2 has it
         if bos is not None and (tokens[0] == tokens[1] == bos if ends_turns else (tokens == bos).sum() > 1):
             raise UserError(f"the chat template writes {self.tokenizer.bos_token} more than once. {_ADVICE}")
+
+
+def _any_of(tokens: Collection[str]) -> str:
+    """A regular expression for any of the tokens, the longest that fits; as a tree, for some have thousands."""
+    tails: dict[str, list[str]] = {}
+    for token in filter(None, tokens):
+        tails.setdefault(token[0], []).append(token[1:])
+    if not tails:
+        return ""
+    branches = "|".join(re.escape(head) + _any_of(rest) for head, rest in sorted(tails.items()))
+    return f"(?:{branches}){'?' if '' in tokens else ''}"
 
 
 def _pieces(segment: Segment) -> list[tuple[str, bool, bool]]:

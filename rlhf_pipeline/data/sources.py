@@ -177,7 +177,7 @@ def _decode(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"byte {data[error.start]: #04x} at position {error.start}") from None
+        raise BadRow("not UTF-8", f"byte {data[error.start]:#04x} at position {error.start}") from None
 
 
 def _parse(data: bytes) -> dict[str, Any] | BadRow:

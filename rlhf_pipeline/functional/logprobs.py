@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-CHUNK_ELEMENTS = 2**21  # logits computed at a time: 256 rows of 8,192 words; larger chunks gained nothing on CPU
+CHUNK_ELEMENTS = 2**22  # logits computed at a time, 512 rows of 8,192 words
+KEEP_ELEMENTS = 2**24  # up to this many logits are kept for the backward pass instead of computed twice
 
 
 def token_logprobs(logits: Tensor, target: Tensor) -> Tensor:
     """log softmax(logits)[target] in fp32 (fp64 for fp64 logits); logits [N, V], target int64 [N] -> [N]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+    return -cross_entropy(logits, target, reduction="none")
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """token_logprobs(hidden @ weight.T, target), chunk by chunk, recomputing the logits in the backward pass.
+    """token_logprobs(hidden @ weight.T, target), chunk by chunk; many logits are computed again in the backward pass.
 
     hidden [N, H], weight [V, H], target int64 [N] -> fp32 [N] (fp64 for fp64 weights). The matrix products run in the
-    dtype of `hidden`; soft-max and the sum of the weight's gradient over chunks run in fp32.
+    dtype of `hidden`; soft-max, and the sum of the weight's gradient over chunks, run in fp32.
     """
     return _LinearLogProbs.apply(hidden, weight, target)
 
@@ -38,28 +40,34 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        logsumexp = torch.empty_like(logprobs)
+        keeps = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEEP_ELEMENTS
+        kept = []
         for part in _chunks(len(hidden), len(weight)):
-            logits = (hidden[part] @ weight.T).to(wide)
-            logsumexp[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(-1, target[part, None])[:, 0] - logsumexp[part]
-        ctx.save_for_backward(hidden, weight, target, logsumexp)
+            logits = hidden[part] @ weight.T
+            logprobs[part] = token_logprobs(logits, target[part])
+            if keeps:
+                kept.append(logits)
+        ctx.save_for_backward(hidden, weight, target, logprobs, *kept)
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad = grads[0]  # [N], of the log-probabilities
-        hidden, weight, target, logsumexp = ctx.saved_tensors
+        # With g the gradient of a log-probability, p = softmax(logits) and t the target's word:
+        #   d/d hidden = g ((1 - p_t) W_t - sum_{v != t} p_v W_v),   d/d W_v = g (1[v = t] - p_v) hidden.
+        # The target's part is computed apart, in fp32: where p_t is nearly 1, 1 - p_t would be lost in bf16.
+        hidden, weight, target, logprobs, *kept = ctx.saved_tensors
+        wide = logprobs.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=logsumexp.dtype) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(hidden), len(weight)):
-            # d logprob / d logits = onehot(target) - softmax(logits)
-            grad_logits = (hidden[part] @ weight.T).to(logsumexp.dtype).sub_(logsumexp[part, None]).exp_()
-            grad_logits.mul_(-grad[part, None])
-            grad_logits.scatter_add_(-1, target[part, None], grad[part, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for i, part in enumerate(_chunks(len(hidden), len(weight))):
+            states, words, g = hidden[part], target[part], grads[0][part, None]
+            others = (kept[i] if kept else states @ weight.T).softmax(-1)
+            others.scatter_(-1, words[:, None], 0.0)
+            missing = -torch.expm1(logprobs[part, None])  # 1 - p_t
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                pull = missing * weight[words].to(wide) - (others @ weight).to(wide)
+                grad_hidden[part] = (g * pull).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                grad_weight -= others.T @ (g * states).to(hidden.dtype)
+                grad_weight.index_add_(0, words, g * missing * states.to(wide))
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None

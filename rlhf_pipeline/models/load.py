@@ -11,7 +11,7 @@ import torch
 
 from rlhf_pipeline.config.schema import Architecture, Attention, Dtype, ModelConfig, ShapeConfig
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.tree_model import TreeModel
+from rlhf_pipeline.models.tree_model import FULL, TreeModel
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -24,14 +24,28 @@ def load_policy(
     Raises:
         UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees.
     """
-    block_mask = model.attention is Attention.block or (model.attention is Attention.auto and device.type == "cuda")
-    attention = "flex_attention" if block_mask else "sdpa"
     with zero3_construction(deepspeed_config):
-        inner = _from_shape(model, attention, seed) if model.shape else _from_pretrained(model, attention)
+        inner = _from_shape(model, seed) if model.shape else _from_pretrained(model)
     set_special_ids(inner, tokenizer)
     if model.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
-    return TreeModel(inner, block_mask=block_mask)
+    policy = TreeModel(inner)
+    policy.use_attention(_attention(model.attention, policy, device))
+    return policy
+
+
+def _attention(asked: Attention, policy: TreeModel, device: torch.device) -> Attention:
+    """The form of attention to run in; `auto` takes the fastest that the model's layers allow."""
+    plain = policy.kinds == [FULL] and policy.inner.config._attn_implementation == "sdpa"
+    if asked is Attention.paths and not plain:
+        raise UserError(
+            f"model.attention=paths: {policy.inner.config.model_type} has windows or an attention of its own; use dense"
+        )
+    if asked is not Attention.auto:
+        return asked
+    if device.type == "cuda":
+        return Attention.block
+    return Attention.paths if plain else Attention.dense
 
 
 @contextmanager
@@ -50,7 +64,7 @@ def zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None
         del kept_alive
 
 
-def _from_pretrained(model: ModelConfig, attention: str) -> Any:
+def _from_pretrained(model: ModelConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(model.path)
@@ -62,7 +76,7 @@ def _from_pretrained(model: ModelConfig, attention: str) -> Any:
         set_dropout(config, model.dropout)
         options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype]}
         try:
-            return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
+            return AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
         except ValueError as error:
             if "attention" not in str(error):
                 raise
@@ -72,13 +86,13 @@ def _from_pretrained(model: ModelConfig, attention: str) -> Any:
         raise UserError(f"model.path={path}: cannot be opened as a causal language model: {error}") from error
 
 
-def _from_shape(model: ModelConfig, attention: str, seed: int) -> Any:
+def _from_shape(model: ModelConfig, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert model.shape is not None
     config = shape_config(model.shape)
     set_dropout(config, model.dropout)
-    inner = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=TORCH_DTYPES[model.dtype])
+    inner = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[model.dtype])
     _initialise(inner, seed)
     return inner
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.data.packing import PackedTrees
+from rlhf_pipeline.config.schema import Attention
+from rlhf_pipeline.data.packing import PackedTrees, Segment
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.functional.logprobs import linear_logprobs, token_logprobs
+from rlhf_pipeline.models import path_attention
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 BLOCK_MULTIPLE = 128  # rows of a block mask are a multiple of its blocks
@@ -37,22 +39,24 @@ class TreeBatch:
     sequence: Tensor
     last: Tensor
     group: Tensor
+    segments: tuple[Segment, ...]
 
     @classmethod
     def of(cls, packed: PackedTrees, device: torch.device) -> TreeBatch:
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+        def moved(value: Any) -> Any:
+            return torch.from_numpy(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
-        return cls(**{name: tensor(getattr(packed, name)) for name in cls.__dataclass_fields__})
+        return cls(**{name: moved(getattr(packed, name)) for name in cls.__dataclass_fields__})
 
 
 class TreeModel(nn.Module):
     """`forward(batch)` gives the log-probability of every scored token, fp32 [N]."""
 
-    def __init__(self, inner: Any, *, block_mask: bool = False) -> None:
+    def __init__(self, inner: Any) -> None:
+        """Starts with a dense mask, which needs nothing of the model; `use_attention` takes a faster form."""
         super().__init__()
         self.inner = inner
-        self.block_mask = block_mask
+        self.attention = Attention.dense
         self.kinds = attention_kinds(inner.config)
         output = inner.get_output_embeddings()
         plain = isinstance(output, nn.Linear) and output.bias is None and inner.base_model is not inner
@@ -63,33 +67,42 @@ class TreeModel(nn.Module):
         inputs: dict[str, Any] = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
-            "attention_mask": self.mask(batch),
             "use_cache": False,
+            **self.attention_inputs(batch),
         }
         if self.fast_head and self.head is not None:
             hidden = self.inner.base_model(**inputs)[0]  # [B, T, H]
             return self.head(hidden.flatten(0, 1)[batch.source], batch.target)
-        # The whole row's logits would be [B, T, V]; a row at a time keeps [scored tokens of the row, V].
+        # Logits of the union of all rows' scored columns: the model's own head takes one index for all rows.
         width = batch.tokens.shape[1]
-        rows = batch.source // width
-        parts = []
-        for r in range(len(batch.tokens)):
-            here = rows == r
-            row = {name: value[r : r + 1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            row["attention_mask"] = self.mask(batch, row=r)
-            logits = self.inner(**row, logits_to_keep=batch.source[here] % width).logits[0]
-            parts.append(token_logprobs(logits, batch.target[here]))
-        # Scored tokens are laid out row by row, so that the parts are in order.
-        return torch.cat(parts)
+        columns, place = torch.unique(batch.source % width, return_inverse=True)
+        logits = self.inner(**inputs, logits_to_keep=columns).logits  # [B, columns, V]
+        return token_logprobs(logits[batch.source // width, place], batch.target)
 
-    def mask(self, batch: TreeBatch, row: int | None = None) -> Any:
+    def use_attention(self, attention: Attention) -> None:
+        """Switch to `dense`, `paths` or `block`; whether the model can do it is the self-check's to say."""
+        implementations = {Attention.paths: path_attention.NAME, Attention.block: "flex_attention"}
+        self.attention = attention
+        if attention in implementations:
+            path_attention.register()
+            self.inner.set_attn_implementation(implementations[attention])
+        elif self.inner.config._attn_implementation in implementations.values():
+            self.inner.set_attn_implementation("sdpa")
+
+    def attention_inputs(self, batch: TreeBatch) -> dict[str, Any]:
+        """What tells the model who attends to whom."""
+        if self.attention is Attention.paths:
+            # transformers passes a mask of four dimensions on as it is; path_attention does not look at it.
+            unused = torch.zeros(1, 1, 1, 1, device=batch.tokens.device)
+            return {"attention_mask": unused, "tree_segments": batch.segments}
+        return {"attention_mask": self.mask(batch)}
+
+    def mask(self, batch: TreeBatch) -> Any:
         """The attention mask in the form that the model takes: one for all layers, or one a layer kind."""
-        rows = slice(None) if row is None else slice(row, row + 1)
-        tree, branch, positions = batch.tree[rows], batch.branch[rows], batch.positions[rows]
         dtype = next(self.inner.parameters()).dtype
-        make = _block_mask if self.block_mask else _additive_mask
+        make = _block_mask if self.attention is Attention.block else _additive_mask
         masks = {
-            kind: make(tree, branch, positions, dtype=dtype, kind=kind, span=span)
+            kind: make(batch.tree, batch.branch, batch.positions, dtype=dtype, kind=kind, span=span)
             for kind, span in self.spans().items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_pipeline import artifact, runtime
 from rlhf_pipeline.artifact import Kind, Parent
 from rlhf_pipeline.config.identity import plain
-from rlhf_pipeline.config.schema import Dtype
+from rlhf_pipeline.config.schema import Attention, Dtype
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.data import order
 from rlhf_pipeline.data.loader import Layout, TreeStream, micro_batches
@@ -65,7 +65,7 @@ def train(
     layout = Layout(
         row_length=config.batch.row_length,
         micro_rows=config.batch.micro_rows,
-        width_multiple=BLOCK_MULTIPLE if policy.block_mask else 1,
+        width_multiple=BLOCK_MULTIPLE if policy.attention is Attention.block else 1,
         rank=runtime.rank(),
         num_ranks=runtime.world_size(),
     )

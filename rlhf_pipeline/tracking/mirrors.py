@@ -31,8 +31,6 @@ TENSORBOARD_DIR = "tensorboard"
 
 _WANDB_SETTINGS: dict[str, Any] = {
     "silent": True,
-    "init_timeout": 30.0,  # seconds without an answer until the run goes on without wandb
-    "finish_timeout": 60.0,  # seconds for the last upload; what is not sent by then stays on disk
     "console": "off",
     "disable_code": True,
     "disable_git": True,
@@ -40,8 +38,10 @@ _WANDB_SETTINGS: dict[str, Any] = {
     "x_disable_meta": True,  # it holds the command line
     "x_save_requirements": False,  # slow, and the artifact records the versions that matter
 }
-# wandb stages tables and logs in the home directory unless told otherwise.
-_WANDB_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
+_WANDB_TIMEOUTS = {
+    "WANDB_INIT_TIMEOUT": "30",  # seconds without an answer until the run goes on without wandb
+    "WANDB_FINISH_TIMEOUT": "60",  # seconds for the last upload; what is not sent by then stays on disk
+}
 
 
 class WandbMirror(Sink):
@@ -79,10 +79,12 @@ class WandbMirror(Sink):
         folder.mkdir(parents=True, exist_ok=True)
         _set_aside_offline_sessions(folder)
         with contextlib.ExitStack() as stack:
-            for variable, place in _WANDB_FOLDERS.items():
-                if variable not in os.environ:
-                    os.environ[variable] = str((folder / place).absolute())
-                    stack.callback(os.environ.pop, variable, None)
+            # wandb stages tables and keeps logs in the home directory unless told otherwise
+            places = {"WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}
+            defaults = _WANDB_TIMEOUTS | {name: str(place.absolute()) for name, place in places.items()}
+            for variable in defaults.keys() - os.environ.keys():
+                os.environ[variable] = defaults[variable]
+                stack.callback(os.environ.pop, variable, None)
             import wandb
 
             # A silent session never asks for an API key on the terminal: without one, init raises.

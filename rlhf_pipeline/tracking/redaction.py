@@ -9,6 +9,7 @@ credential of an unknown shape under a harmless key stays readable.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -76,10 +77,10 @@ _CREDENTIAL = re.compile(
 
 
 def redact(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config`, nested mappings and sequences included, in which every credential reads `***`.
+    """A copy of `config`, with all that is nested in it, in which every credential reads `***`.
 
-    The argument is not changed. Empty strings, None and booleans are never hidden: they hold no secret, and
-    "no token was given" is worth seeing.
+    Dataclasses become mappings, and the argument is not changed. Empty strings, None and booleans are never
+    hidden: they hold no secret, and "no token was given" is worth seeing.
     """
     return {key: _redact_value(value, key=str(key)) for key, value in config.items()}
 
@@ -99,6 +100,8 @@ def _mask_assignment(match: re.Match[str]) -> str:
 
 
 def _redact_value(value: Any, *, key: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     words = _words(key)
     if _names_secret(words):
         return _mask_leaves(value, numbers=True)
@@ -107,7 +110,7 @@ def _redact_value(value: Any, *, key: str) -> Any:
     if isinstance(value, Mapping):
         return redact(value)
     if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value)(_redact_value(item, key=key) for item in value)
+        return _like(value, [_redact_value(item, key=key) for item in value])
     if isinstance(value, PurePath):
         shown = redact_text(str(value))
         return value if shown == str(value) else shown
@@ -122,11 +125,16 @@ def _mask_leaves(value: Any, *, numbers: bool) -> Any:
     if isinstance(value, Mapping):
         return {key: _mask_leaves(item, numbers=numbers) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value)(_mask_leaves(item, numbers=numbers) for item in value)
+        return _like(value, [_mask_leaves(item, numbers=numbers) for item in value])
     if value is None or isinstance(value, bool) or value == "":
         return value
     # A number under "token" is a token id; a number under "password" is a password.
     return value if isinstance(value, (int, float)) and not numbers else MASK
+
+
+def _like(container: Any, items: list[Any]) -> Any:
+    """The items in a container of the same kind; a named tuple becomes a plain one."""
+    return tuple(items) if isinstance(container, tuple) else type(container)(items)
 
 
 def _names_secret(words: list[str]) -> bool:

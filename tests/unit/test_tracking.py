@@ -5,6 +5,7 @@ wandb runs in subprocesses: it keeps one service and one set of settings for a w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,6 +30,7 @@ from rlhf_pipeline.tracking import Tracker, open_tracker, read_metrics, read_sam
 from rlhf_pipeline.tracking import records as records_module
 from rlhf_pipeline.tracking import tracker as tracker_module
 from rlhf_pipeline.tracking.display import Lines, clock, describe, printable
+from rlhf_pipeline.tracking.mirrors import WandbMirror
 from rlhf_pipeline.tracking.records import cut_back
 from rlhf_pipeline.tracking.sinks import Metrics, Sink
 
@@ -189,6 +193,9 @@ def test_cut_back_keeps_bytes_and_drops_damaged_lines(tmp_path: Path) -> None:
     assert cut_back(path, restored_step=2) == 0
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert cut_back(tmp_path / "absent.jsonl", restored_step=2) == 0
+    path.write_bytes(kept + b'{"step": 2}')  # whole but for its end: the next line would be glued to it
+    assert cut_back(path, restored_step=2) == 1
+    assert path.read_bytes() == kept
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -413,7 +420,8 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path) -> None:
     assert listener.steps == [1, 2]
     assert len(listener.messages) == 1
     assert "display failed" in listener.messages[0]
-    os.close(write_end)
+    with contextlib.suppress(BrokenPipeError):  # what is still buffered cannot be written; the file is closed
+        stream.close()
 
 
 @pytest.mark.parametrize(
@@ -443,13 +451,16 @@ def run_on_terminal(tmp_path: Path, arguments: list[str], **extra: str) -> str:
         start_new_session=True,
     )
     os.close(follower)
+    watchdog = threading.Timer(20, process.kill)  # a question on the terminal would wait for ever
+    watchdog.start()
     output = b""
     try:
         while chunk := os.read(leader, 65536):
             output += chunk
     except OSError:  # how Linux reports that the other side has closed
         pass
-    assert process.wait(timeout=60) == 0, output.decode()
+    assert process.wait() == 0, output.decode()
+    watchdog.cancel()
     os.close(leader)
     return output.decode()
 
@@ -667,6 +678,19 @@ def test_wandb_online_run_is_continued_without_repeating_steps(
     assert kept == [{"train/loss": 1 / 7}, {"train/loss": 1 / 8, "eval/loss": 0.25}]
 
 
+def test_wandb_is_not_sent_what_it_has() -> None:
+    sent: list[tuple[int, dict[str, Any]]] = []
+    mirror: Any = WandbMirror.__new__(WandbMirror)
+    mirror._first_step = 7
+    mirror._table = lambda columns, data: (columns, data)
+    mirror._run = SimpleNamespace(log=lambda values, step: sent.append((step, values)))
+    for step in (6, 7):
+        mirror.log(step, {"a": 1.0})
+        mirror.samples(step, [{"prompt": "p", "response": "r"}])
+    mirror.samples(8, [])
+    assert sent == [(7, {"a": 1.0}), (7, {"samples": (["prompt", "response"], [["p", "r"]])})]
+
+
 def test_wandb_without_a_login_warns_once_and_never_asks(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shown = run_on_terminal(tmp_path, [str(run_dir), "none", "0", "online"])
@@ -780,6 +804,22 @@ def test_forty_hex_digits_are_a_wandb_key_unless_a_commit() -> None:
 def test_numbers_and_nothing_are_judged_by_the_key() -> None:
     config = {"token": 7, "password": 1234, "secret": None, "use_auth": True, "auth": "", "lr": 0.1}
     assert redact(config) == {**config, "password": "***"}
+
+
+def test_nested_objects_do_not_carry_a_secret_past_the_mask() -> None:
+    @dataclass
+    class Hub:
+        token: str
+        repo: str
+
+    class Pair(NamedTuple):
+        left: str
+        right: str
+
+    assert redact({"hub": Hub("plain", "a/b"), "pair": Pair("x", HF_TOKEN)}) == {
+        "hub": {"token": "***", "repo": "a/b"},
+        "pair": ("x", "***"),
+    }
 
 
 def test_redact_does_not_change_its_argument() -> None:

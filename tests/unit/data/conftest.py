@@ -19,10 +19,14 @@ MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 
 def _train(kind: str) -> Tokenizer:
-    """`bytes` as GPT-2 has it; `metaspace` as Llama 2 has it, with a space put before whatever is tokenised."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "metaspace", unk_token="<|unk|>"))
+    """`bytes` as GPT-2 has it; `metaspace` as Llama 2 has it, with a space put before whatever is tokenised.
+
+    `breaks` is like `metaspace` and has a token for two line breaks.
+    """
+    corpus = [*CORPUS, *["a\n\nb"] * 8] if kind == "breaks" else CORPUS
+    tokenizer = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token="<|unk|>"))
     alphabet: list[str] = []
-    if kind == "metaspace":
+    if kind != "bytes":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
         tokenizer.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="always"), decoders.ByteFallback()])
         alphabet = [chr(i) for i in range(32, 127)] + ["\n"]
@@ -36,13 +40,13 @@ def _train(kind: str) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 
 @pytest.fixture(scope="session")
 def _backends() -> dict[str, str]:
-    return {kind: _train(kind).to_str() for kind in ("bytes", "metaspace")}
+    return {kind: _train(kind).to_str() for kind in ("bytes", "metaspace", "breaks")}
 
 
 @pytest.fixture
@@ -75,7 +79,9 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
     """Writes rows (dicts, or raw lines as str or bytes) as a .jsonl file and returns its path."""
 
     def write(*rows: Any, name: str = "data.jsonl") -> str:
-        lines = [row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else _json(row) for row in rows]
+        lines = [
+            row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else _json(row) for row in rows
+        ]
         file = tmp_path / name
         file.write_bytes(b"".join(line + b"\n" for line in lines))
         return str(file)

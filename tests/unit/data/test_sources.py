@@ -19,9 +19,7 @@ from rlhf_pipeline.errors import UserError
 def read(path: Path | str | list[str], split: str = "train") -> list[tuple[str, Any]]:
     """(origin without its folders, value or reason) of every row."""
     rows = read_rows(str(path) if isinstance(path, Path) else path, split=split)
-    return [
-        (Path(row.origin).name, str(row.value) if isinstance(row.value, BadRow) else row.value) for row in rows
-    ]
+    return [(Path(row.origin).name, str(row.value) if isinstance(row.value, BadRow) else row.value) for row in rows]
 
 
 LINES = [
@@ -79,7 +77,9 @@ def test_csv(tmp_path: Path) -> None:
     assert read(tmp_path / "x.tsv") == [("x.tsv:2", {"a": "1,5", "b": "ä"})]
     (tmp_path / "r.csv").write_bytes(b"a,b\n1,x\ry\n5,6\n")  # a carriage return within an unquoted field
     rows = read(tmp_path / "r.csv")
-    assert rows[0][0] == "r.csv:2" and rows[0][1].startswith("not CSV: ") and rows[1] == ("r.csv:3", {"a": "5", "b": "6"})
+    assert (
+        rows[0][0] == "r.csv:2" and rows[0][1].startswith("not CSV: ") and rows[1] == ("r.csv:3", {"a": "5", "b": "6"})
+    )
 
 
 def test_text_file_is_one_document_or_several(tmp_path: Path) -> None:
@@ -91,6 +91,11 @@ def test_text_file_is_one_document_or_several(tmp_path: Path) -> None:
         ("x.txt:4", "not UTF-8: byte 0xff at position 0"),
         ("x.txt:6", {"text": "c\n"}),
     ]
+
+
+def test_empty_text_file_is_an_empty_document_so_that_it_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"")
+    assert read(tmp_path / "x.txt") == [("x.txt:1", {"text": ""})]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_missing_file_names_near_ones(tmp_path: Path) -> None:
     _write(tmp_path, "demonstrations.jsonl")
     with pytest.raises(UserError, match=r"demonstration\.jsonl: no such file; in .* there is demonstrations\.jsonl"):
         read(tmp_path / "demonstration.jsonl")
-    with pytest.raises(UserError, match="and no folder .*/nowhere either"):
+    with pytest.raises(UserError, match=r"and no folder .*/nowhere either"):
         read(tmp_path / "nowhere" / "x.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read("data/train.jsonl")  # like a hub id, but for its suffix
@@ -167,10 +172,10 @@ def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         return _HubDataset([{"name": name, "split": split}])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert list(read_rows("owner/found-1.0", split="test"))[0].origin == "owner/found-1.0:row 1"
+    assert next(read_rows("owner/found-1.0", split="test")).origin == "owner/found-1.0:row 1"
     assert read("owner/found-1.0", "test")[0][1] == {"name": "owner/found-1.0", "split": "test"}
     assert fingerprint("owner/found-1.0", "test") == fingerprint("owner/found-1.0", "test")
-    with pytest.raises(UserError, match="owner/missing: no local file, and as a hub id .* not on the hub"):
+    with pytest.raises(UserError, match=r"owner/missing: no local file, and as a hub id .* not on the hub"):
         read("owner/missing")
 
 

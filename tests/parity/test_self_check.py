@@ -1,0 +1,247 @@
+"""The check at load: which models pass, which are refused, and what it switches off.
+
+`sharp` stands for weights on which attention and head matter as in a trained model; `flat` is transformers'
+initialisation, from which pretraining starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.config.schema import Attention
+from rlhf_pipeline.data.packing import pack
+from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.self_check import self_check
+from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
+
+CPU = torch.device("cpu")
+SCALES = {"flat": 0.02, "sharp": 0.2}
+MIXED = ["sliding_attention", "full_attention"]
+
+# family -> its attention, and what it takes beside the sizes. Windows are as long as real ones: only a check that
+# shortens them sees whether they are obeyed on a few dozen tokens.
+SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("sdpa", {}),
+    "qwen3": ("sdpa", {}),
+    "gpt2": ("sdpa", {}),
+    "mistral": ("sdpa", {"sliding_window": 4096}),
+    "qwen2": ("sdpa", {"use_sliding_window": True, "sliding_window": 4096, "layer_types": MIXED}),
+    "gemma2": ("eager", {"sliding_window": 4096, "layer_types": MIXED}),
+    "gemma3_text": ("sdpa", {"sliding_window": 1024, "layer_types": MIXED}),
+    "cohere": ("sdpa", {"logit_scale": 0.0625}),
+    "granite": ("sdpa", {"logits_scaling": 8.0}),
+    "phi": ("sdpa", {}),
+    "falcon": ("sdpa", {}),
+}
+# Soft-capped, scaled and biased logits are not hidden states times embeddings.
+OWN_HEAD = {"gemma2", "cohere", "granite", "phi"}
+# Paths reach the attention function of these; windows need the mask, and Falcon's layers do not hand arguments on.
+PATHS = {"llama", "qwen3", "gpt2", "cohere", "granite", "phi"}
+
+MakeModel = Callable[..., TreeModel]
+
+
+@pytest.fixture
+def tree_model(tiny_model: Callable[..., Any]) -> MakeModel:
+    def build(family: str, *, scale: str = "sharp", **options: Any) -> TreeModel:
+        attention, config = SUPPORTED.get(family, ("eager", {}))
+        options = {"attention": attention, "initializer_range": SCALES[scale], **config, **options}
+        return TreeModel(tiny_model(family, **options))
+
+    return build
+
+
+def path_logprobs(inner: Any, trees: list[Tree]) -> Tensor:
+    """One forward a path, alone."""
+    found = []
+    for tree in trees:
+        for k, response in enumerate(tree.responses):
+            path = torch.tensor(tree.path(k).tolist())
+            logits = inner(input_ids=path[None], use_cache=False).logits[0]
+            found.append(torch.log_softmax(logits, -1)[-len(response) - 1 : -1].gather(1, path[-len(response) :, None]))
+    return torch.cat(found)[:, 0]
+
+
+# What passes
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_supported_models_pass(family: str, scale: str, tree_model: MakeModel) -> None:
+    assert self_check(tree_model(family, scale=scale), CPU) < 1e-4
+
+
+@pytest.mark.parametrize("attention", [Attention.dense, Attention.paths])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_supported_models_pass_in_bf16(family: str, attention: Attention, tree_model: MakeModel) -> None:
+    model = tree_model(family, dtype=torch.bfloat16)
+    if family != "gemma2":  # has no scaled-dot-product attention, and so nothing that paths could stand in for
+        model.use_attention(attention)
+    assert self_check(model, CPU) < 0.05
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_fast_head_stays_only_where_it_is_the_models_own(
+    family: str, scale: str, tree_model: MakeModel, make_tree: Callable[..., Tree], assert_close: Callable[..., None]
+) -> None:
+    """At small weights too: there the cap of gemma2 moves log-probabilities by little, and by much once trained."""
+    model = tree_model(family, scale=scale)
+    self_check(model, CPU)
+    assert model.fast_head == (family not in OWN_HEAD)
+
+    rng = np.random.default_rng(1)
+    trees = [make_tree(6, (4, 3), rng=rng), make_tree(3, (5,), rng=rng)]
+    with torch.no_grad():
+        packed = model(TreeBatch.of(pack([trees]), CPU))
+        assert_close(packed, path_logprobs(model.inner, trees), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED.keys() - {"gemma2"}))
+def test_paths_stay_only_where_the_layers_take_them(family: str, tree_model: MakeModel) -> None:
+    """Everywhere else the dense mask takes over; that is slower and not an error."""
+    model = tree_model(family)
+    model.use_attention(Attention.paths)
+    assert self_check(model, CPU) < 1e-4
+    assert model.attention is (Attention.paths if family in PATHS else Attention.dense)
+    assert model.inner.config._attn_implementation == ("rlhf_paths" if family in PATHS else "sdpa")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_rounding_in_bf16_is_not_taken_for_paths_that_are_ignored(
+    family: str, scale: str, tree_model: MakeModel
+) -> None:
+    """The fall-back is silent, and costs two thirds of the speed."""
+    for seed in range(4):
+        model = tree_model(family, scale=scale, dtype=torch.bfloat16, seed=seed)
+        model.use_attention(Attention.paths)
+        self_check(model, CPU)
+        assert model.attention is Attention.paths, f"seed {seed}"
+
+
+# What is refused
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "mpt": {},  # a bias by the place in the row
+    "gpt_neo": {"window_size": 4},  # a window by the place in the row
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", REFUSED)
+def test_silently_wrong_models_are_refused(
+    family: str, scale: str, dtype: torch.dtype, tree_model: MakeModel
+) -> None:
+    model = tree_model(family, scale=scale, dtype=dtype, **REFUSED[family])
+    with pytest.raises(UserError, match=rf"model: {family} does not keep packed examples apart"):
+        self_check(model, CPU)
+
+
+def test_gpt_neo_with_the_window_of_its_checkpoints_is_refused(tree_model: MakeModel) -> None:
+    """256 is more than the check's row has tokens, and longer rows are wrong (the next test)."""
+    with pytest.raises(UserError):
+        self_check(tree_model("gpt_neo", window_size=256), CPU)
+
+
+def test_gpt_neo_is_wrong_beyond_its_window(tree_model: MakeModel, make_tree: Callable[..., Tree]) -> None:
+    """Why it has to be refused: every path is shorter than the window, the row is not."""
+    model = tree_model("gpt_neo", window_size=256)
+    trees = [make_tree(100, (100, 100, 100), rng=np.random.default_rng(0))]
+    with torch.no_grad():
+        packed = model(TreeBatch.of(pack([trees]), CPU))
+        error = (packed - path_logprobs(model.inner, trees)).abs().view(3, 100).amax(1)
+    assert error[0] < 1e-4
+    assert error[2] > 1e-2
+
+
+def test_a_model_that_fails_on_a_mask_of_four_dimensions_is_refused(tree_model: MakeModel) -> None:
+    """BLOOM's own ValueError would reach the user as a traceback."""
+    with pytest.raises(UserError, match="bloom"):
+        self_check(tree_model("bloom"), CPU)
+
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "mamba_d_state": 4,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_models_are_refused_by_their_layers(family: str, tree_model: MakeModel) -> None:
+    with pytest.raises(UserError, match=rf"model: {family} has layers of kind (linear_attention|conv),"):
+        tree_model(family, **RECURRENT[family])
+
+
+# What the check must notice in code of our own
+
+
+def test_a_window_that_is_not_in_the_mask_is_noticed(tree_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of 4,096 on a row of 46 tokens."""
+    model = tree_model("mistral")
+    monkeypatch.setattr(model, "spans", lambda: {"full_attention": None}, raising=True)
+    with pytest.raises(UserError, match="mistral"):
+        self_check(model, CPU)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda model, mask: None,  # one causal row
+        lambda model, mask: mask == 0,  # a bool mask, which eager attention adds as 0 and 1
+    ],
+    ids=["causal", "bool"],
+)
+def test_a_wrong_mask_is_noticed(
+    wrong: Callable[..., Any], tree_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tree_model("llama", attention="eager")
+    right = model.mask
+    monkeypatch.setattr(model, "mask", lambda batch: wrong(model, right(batch)), raising=True)
+    with pytest.raises(UserError, match="llama"):
+        self_check(model, CPU)
+
+
+# What it leaves as it was
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_model_is_left_as_it_was(
+    training: bool, passes: bool, tree_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tree_model("mistral")
+    model.train(training)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if passes:
+        self_check(model, CPU)
+    else:
+        monkeypatch.setattr(model, "spans", lambda: {"full_attention": None}, raising=True)
+        with pytest.raises(UserError):
+            self_check(model, CPU)
+    assert model.training is model.inner.training is training
+    assert model.inner.config.sliding_window == 4096
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_dropout_does_not_disturb_the_check(tree_model: MakeModel) -> None:
+    model = tree_model("gpt2", embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
+    model.train()
+    assert self_check(model, CPU) < 1e-4
