@@ -7,10 +7,9 @@ schedule or rotate checkpoints. Nothing is left to a DeepSpeed default: it would
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +56,20 @@ def deepspeed_json(engine: EngineConfig, *, dtype: Dtype, max_grad_norm: float) 
 
 
 def quiet_deepspeed() -> None:
-    """Import DeepSpeed without its chatter and without the shared-memory op that it would compile at start.
+    """Import DeepSpeed without its chatter, and without what it would compile, load or measure at start.
 
-    The op serves only inference_all_reduce; building it needs a C++ compiler and half a minute.
+    The shared-memory op serves only inference_all_reduce; building it needs a C++ compiler and half a minute. Its Muon
+    optimiser, unused here, starts torch's compiler on import, which takes as long as importing torch.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
+    import deepspeed.runtime.bf16_optimizer as bf16
+
+    bf16.see_memory_usage = lambda *_, **__: None  # prints, and collects garbage for a second to do so
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +105,7 @@ class Engine:
             eps=optim.eps,
             fused=engine.offload_optimizer is Offload.none,
         )
-        with redirect_stdout(io.StringIO()):  # its bf16 optimiser prints memory reports unasked
-            self._engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        self._engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._engine.set_gradient_accumulation_boundary(False)
         self.names = {parameter: name for name, parameter in module.named_parameters()}
 

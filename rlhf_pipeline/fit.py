@@ -6,10 +6,12 @@ save. It can be left after any step, by a signal or by kill -9, and goes on from
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from rlhf_pipeline import resume, runtime
 from rlhf_pipeline.config.schema import CheckpointConfig, EvaluationConfig, OptimConfig, TrackingConfig
+from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.errors import UserError
@@ -26,6 +29,7 @@ from rlhf_pipeline.machine import peak_memory_bytes
 from rlhf_pipeline.models.tree_model import TreeBatch
 from rlhf_pipeline.run import Run
 from rlhf_pipeline.runtime import StopRequest
+from rlhf_pipeline.tracking import Tracker
 
 Loss = Callable[[Tensor, TreeBatch], Mapping[str, Term]]
 Counts = Callable[[PackedTrees], Mapping[str, float]]
@@ -51,6 +55,18 @@ class Schedule:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+
+    @classmethod
+    def of(cls, config: StageConfig, num_steps: int) -> Schedule:
+        """The schedule of a stage's config."""
+        return cls(
+            num_steps=num_steps,
+            stop_after=config.train.stop_after,
+            optim=config.optim,
+            checkpoint=config.checkpoint,
+            evaluation=config.evaluation,
+            tracking=config.tracking,
+        )
 
     def learning_rate(self, step: int) -> float:
         optim = self.optim
@@ -87,11 +103,11 @@ def fit(
     counts: Counts,
     evaluate: Callable[[int], dict[str, float]],
     save_artifact: Callable[[int, int, dict[str, float]], None],
-    tracker: Any,
+    tracker: Tracker,
     stop: StopRequest,
     state_meta: dict[str, Any],
     flops_per_token: float,
-    peak_flops: float,
+    peak_flops: Callable[[], float],
 ) -> None:
     """Train from the run's state to the end.
 
@@ -102,11 +118,14 @@ def fit(
         evaluate: held-out metrics after a number of steps; logs its own samples.
         save_artifact: called with (epoch, step, metrics) at the end of an epoch, and at the end.
         state_meta: written into every resume state.
+        peak_flops: of one process, measured once after the first step.
 
     Raises:
         Stopped: after a signal, with the state saved.
         UserError: for a loss or gradient that is not finite, and for a full disk.
     """
+    gc.freeze()
+    gc.enable()
     done = run.step
     meter = _Meter(flops_per_token, peak_flops)
     metrics: dict[str, float] = {}
@@ -180,9 +199,9 @@ def _require_finite(what: str, values: list[float], step: Step, done: int) -> No
 class _Meter:
     """Throughput between two calls; time spent on evaluating and saving does not count."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+    def __init__(self, flops_per_token: float, peak_flops: Callable[[], float]) -> None:
         self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
+        self.peak_flops = cache(peak_flops)
         self.restart()
 
     def restart(self) -> None:
@@ -190,11 +209,12 @@ class _Meter:
 
     def rates(self, tokens: float) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
-        self.restart()
         per_second = tokens / seconds
+        share = per_second * self.flops_per_token / (self.peak_flops() * runtime.world_size())
+        self.restart()
         return {
             "time/step_seconds": seconds,
             "time/tokens_per_second": per_second,
-            "time/share_of_peak": per_second * self.flops_per_token / (self.peak_flops * runtime.world_size()),
+            "time/share_of_peak": share,
             "time/peak_memory_gb": peak_memory_bytes() / 1e9,
         }

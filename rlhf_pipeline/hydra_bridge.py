@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from rlhf_pipeline import config
 from rlhf_pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
     from omegaconf import DictConfig
 
 QUIET_RANK = ["hydra/hydra_logging=disabled"]
@@ -24,6 +27,8 @@ def run_stage(stage: str, args: list[str]) -> None:
     A user's mistake ends the process with its message and exit code 2.
     """
     args = [a for a in args if not a.startswith(("--local_rank", "--local-rank"))]  # launchers add it
+    if _rank() > 0:
+        args += QUIET_RANK  # one writer per run directory
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug deserves its traceback; a mistake never gets here
     try:
         preflight(stage, args)
@@ -40,6 +45,9 @@ def run_stage(stage: str, args: list[str]) -> None:
     def task(node: DictConfig) -> None:
         cfg = to_object(node)
         cfg.run_dir = HydraConfig.get().runtime.output_dir  # in a sweep it holds the job's number
+        # What is imported and tokenised from here on stays: looking for garbage in it costs a quarter of the start-up.
+        # The training loop switches the collector on again.
+        gc.disable()
         try:
             import_module(recipe_module).main(cfg)
         except UserError as error:
@@ -48,9 +56,7 @@ def run_stage(stage: str, args: list[str]) -> None:
     task.__module__ = recipe_module  # Hydra names the job after it
     config.register()
     entry = hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name=stage)(task)
-    if _rank() > 0:
-        args = [*args, *QUIET_RANK]  # one writer per run directory
-    saved, sys.argv = sys.argv, [f"rlhf {stage}", *args]
+    saved, sys.argv = sys.argv, [f"rlhf {stage}", *_overrides_first(stage, args)]
     try:
         entry()
     finally:
@@ -63,15 +69,9 @@ def preflight(stage: str, args: list[str]) -> None:
     Raises:
         UserError: naming every problem.
     """
-    from hydra._internal.utils import get_args_parser
-
     from rlhf_pipeline.config.compose import compose_node, examine, refuse
 
-    saved, sys.argv = sys.argv, [f"rlhf {stage}", *args]  # argparse prints it as the program's name
-    try:
-        parsed = get_args_parser().parse_args(args)
-    finally:
-        sys.argv = saved
+    parsed = _parser(stage).parse_args(_overrides_first(stage, args))
     if parsed.hydra_help or parsed.shell_completion or parsed.experimental_rerun:
         return
     if parsed.config_path:
@@ -137,6 +137,23 @@ def _loader(extra_dir: str | None) -> Any:
     if extra_dir:
         path.append("command-line", f"file://{os.path.abspath(extra_dir)}")
     return ConfigLoaderImpl(path)
+
+
+def _parser(stage: str) -> ArgumentParser:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"rlhf {stage}"
+    return parser
+
+
+def _overrides_first(stage: str, args: list[str]) -> list[str]:
+    """Hydra's parser takes the overrides that stand before a flag and refuses those behind it."""
+    parsed, behind = _parser(stage).parse_known_args(args)
+    if not behind or any(a.startswith("-") for a in behind):
+        return args
+    overrides = [*parsed.overrides, *behind]
+    return [*overrides, *(a for a in args if a not in overrides)]
 
 
 def _jobs(overrides: list[str], extra_dir: str | None) -> list[list[str]]:

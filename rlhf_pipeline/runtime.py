@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import FrameType
 
 from rlhf_pipeline.config.schema import Device, RuntimeConfig
+from rlhf_pipeline.errors import UserError
 
 
 def rank() -> int:
@@ -127,6 +128,34 @@ def _reduce(values: Mapping[str, float], how: str) -> dict[str, float]:
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(packed, getattr(dist.ReduceOp, how))
     return dict(zip(names, packed.tolist(), strict=True))
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first rank does what is inside while the others wait; when it fails with a UserError, all of them do.
+
+    Raises:
+        UserError: on every rank, the first rank's.
+    """
+    failure = ""
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failure = broadcast(failure)
+    if failure:
+        raise UserError(failure)
+
+
+def broadcast(text: str) -> str:
+    """The first rank's text, on every rank."""
+    if world_size() == 1:
+        return text
+    import torch.distributed as dist
+
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def barrier() -> None:

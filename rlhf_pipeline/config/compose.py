@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def compose_node(
             f"--config-name {name}: is no config of rlhf {stage}; its defaults must begin with {stage}_schema"
         )
     refused |= _of_another_stage(stage, overrides)
-    if unresolvable := list(_unresolvable(node)):
+    if unresolvable := _unresolvable(node):
         refused[""] = unresolvable
     return node, refused
 
@@ -163,15 +162,17 @@ def _one_holds_the_other(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _unresolvable(node: DictConfig) -> Iterator[str]:
-    """Values that refer to something which does not exist."""
+def _unresolvable(node: DictConfig) -> list[str]:
+    """Values that refer to something which does not exist; of those with the same reason, the first."""
+    found: dict[str, str] = {}
     for key in known_keys(node):
         try:
             value = OmegaConf.select(node, key)
             if isinstance(value, ListConfig):
                 OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as error:
-            yield f"{key}: {first_line(error)}"
+            found.setdefault(first_line(error), key)
+    return [f"{key}: {reason}" for reason, key in found.items()]
 
 
 def _of_another_stage(stage: str, overrides: list[str]) -> dict[str, list[str]]:

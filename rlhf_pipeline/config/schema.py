@@ -177,8 +177,8 @@ class BatchConfig:
 
     examples: int | None = None
     tokens: int | None = None
-    row_length: int = operational(512)  # tokens of one packed row; a longer example raises it
-    micro_rows: int = operational(4)  # packed rows in one forward pass
+    row_length: int = operational(2048)  # tokens of one packed row; a longer example raises it
+    micro_rows: int = operational(1)  # packed rows in one forward pass
 
 
 @dataclass(kw_only=True, slots=True)

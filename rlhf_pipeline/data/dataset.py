@@ -170,18 +170,19 @@ def _examples(
 
 def _check(tally: _Tally, source: Source) -> None:
     counts, num_bad = tally.counts, tally.bad.total()
+    name = source.path if isinstance(source.path, str) else ", ".join(source.path)
     dropped = {name: number for name, number in counts.items() if name.startswith("dropped")}
     assert counts["rows"] == counts["kept"] + num_bad + sum(dropped.values()), counts
     shown = "".join(f"\n  {line}" for line in tally.bad_rows)
     more = f"\n  and {num_bad - len(tally.bad_rows)} more" if num_bad > len(tally.bad_rows) else ""
     if num_bad and source.on_bad_row == "error":
         raise UserError(
-            f"{num_bad} of {counts['rows']} rows of {source.path} cannot be used:{shown}{more}\n"
+            f"{num_bad} of {counts['rows']} rows of {name} cannot be used:{shown}{more}\n"
             "Correct them, or set data.on_bad_row=skip to go on without them"
         )
     if not counts["trees"]:
         fates = ", ".join(f"{number} {name}" for name, number in {"bad": num_bad, **dropped}.items() if number)
-        raise UserError(f"{source.path}: none of {counts['rows']} rows is left ({fates or 'it is empty'}){shown}{more}")
+        raise UserError(f"{name}: none of {counts['rows']} rows is left ({fates or 'it is empty'}){shown}{more}")
 
 
 @cache

@@ -182,19 +182,33 @@ def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
     lists = pa.ListArray.from_arrays
     return pa.record_batch(
         [
-            lists(prompt_at, pa.array(np.concatenate([tree.prompt for tree in trees]))),
-            lists(tree_at, lists(response_at, pa.array(np.concatenate(responses)))),
-            lists(tree_at, lists(response_at, pa.array(np.concatenate(scored)))),
-            pa.array([sum(int(mask.sum()) for mask in tree.scored) for tree in trees], pa.int32()),
-            pa.array([example.group for example in examples], pa.int64()),
-            pa.array([example.origin for example in examples]),
+            lists(prompt_at, _column(np.concatenate([tree.prompt for tree in trees]))),
+            lists(tree_at, lists(response_at, _column(np.concatenate(responses)))),
+            lists(tree_at, lists(response_at, _column(np.concatenate(scored)))),
+            _column(np.asarray([sum(int(mask.sum()) for mask in tree.scored) for tree in trees], np.int32)),
+            _column(np.asarray([example.group for example in examples], np.int64)),
+            _strings([example.origin for example in examples]),
         ],
         schema=_SCHEMA,
     )
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Int32Array:
-    return pa.array(np.cumsum([0, *lengths]).astype(np.int32))
+    return _column(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+# pa.array and Array.to_numpy load pandas where it is installed, a third of a second at every start; buffers do not.
+def _column(values: np.ndarray) -> pa.Array:
+    content = np.packbits(values, bitorder="little") if values.dtype == bool else values
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(content))])
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    encoded = [value.encode() for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
 
 
 def open_dataset(file: Path) -> TreeDataset:
@@ -235,8 +249,8 @@ def _block(batch: pa.RecordBatch) -> _Block:
         response_at=response_at,
         responses=_view(inner.values, 1, np.int32, num_tokens),
         scored=_view(scored.values.values, 1, np.uint8, (num_tokens + 7) // 8),
-        targets=targets.to_numpy(),
-        group=group.to_numpy(),
+        targets=_view(targets, 1, np.int32, len(targets)),
+        group=_view(group, 1, np.int64, len(group)),
         origin=origin,
     )
 

@@ -11,7 +11,14 @@ import torch
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    end_ids: tuple[int, ...],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
 ) -> list[dict[str, str]]:
     """One response a prompt as {"prompt", "response"}; temperature 0 is greedy.
 
@@ -21,6 +28,7 @@ def sample(
     Args:
         model: a causal language model of transformers.
         prompts: token ids, int [P_i] each.
+        end_ids: tokens that end a response.
     """
     if not prompts:
         return []
@@ -45,6 +53,7 @@ def sample(
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
+                eos_token_id=list(end_ids),
                 **sampling,
             )
     finally:

@@ -24,6 +24,9 @@ def load_policy(
     Raises:
         UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving; the run has one of its own
     with zero3_construction(deepspeed_config):
         inner = _from_shape(model, seed) if model.shape else _from_pretrained(model)
     set_special_ids(inner, tokenizer)

@@ -79,6 +79,11 @@ class TreeModel(nn.Module):
         logits = self.inner(**inputs, logits_to_keep=columns).logits  # [B, columns, V]
         return token_logprobs(logits[batch.source // width, place], batch.target)
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, also where this process holds a partition of each."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())
+
     def use_attention(self, attention: Attention) -> None:
         """Switch to `dense`, `paths` or `block`; whether the model can do it is the self-check's to say."""
         implementations = {Attention.paths: path_attention.NAME, Attention.block: "flex_attention"}

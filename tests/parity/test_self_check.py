@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.config.schema import Attention
+from rlhf_pipeline.config.schema import Architecture, Attention, ModelConfig, ShapeConfig
 from rlhf_pipeline.data.packing import pack
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models.load import load_policy
 from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 
@@ -138,9 +139,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("family", REFUSED)
-def test_silently_wrong_models_are_refused(
-    family: str, scale: str, dtype: torch.dtype, tree_model: MakeModel
-) -> None:
+def test_silently_wrong_models_are_refused(family: str, scale: str, dtype: torch.dtype, tree_model: MakeModel) -> None:
     model = tree_model(family, scale=scale, dtype=dtype, **REFUSED[family])
     with pytest.raises(UserError, match=rf"model: {family} does not keep packed examples apart"):
         self_check(model, CPU)
@@ -245,3 +244,28 @@ def test_dropout_does_not_disturb_the_check(tree_model: MakeModel) -> None:
     model = tree_model("gpt2", embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
     model.train()
     assert self_check(model, CPU) < 1e-4
+
+
+# Every shape that this project builds, in the form of attention that a machine chooses
+
+
+class Tokenizer:
+    """As much of one as a model asks for."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def __len__(self) -> int:
+        return 97
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("architecture", list(Architecture))
+def test_every_shape_loads_in_the_attention_chosen_for_it(architecture: Architecture, device: str) -> None:
+    """The model itself is built on the CPU; of the device only the kind is asked. GPT-2 has no flex attention."""
+    shape = ShapeConfig(
+        architecture=architecture, hidden=32, layers=2, heads=2, kv_heads=2, intermediate=48, vocab_size=97, context=64
+    )
+    policy = load_policy(
+        ModelConfig(shape=shape), tokenizer=Tokenizer(), seed=0, device=torch.device(device), deepspeed_config=None
+    )
+    assert policy.attention is not Attention.auto

@@ -20,10 +20,10 @@ from rlhf_pipeline.config.schema import Attention
 from rlhf_pipeline.data.packing import Segment, pack
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.models import path_attention as paths_module
-from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel, allowed, attention_kinds
+from rlhf_pipeline.models.tree_model import BLOCK_MULTIPLE, TreeBatch, TreeModel, allowed, attention_kinds
 
 CPU = torch.device("cpu")
-SHAPES = [
+SHAPES: list[list[tuple[int, tuple[int, ...]]]] = [
     [(5, (4,)), (3, (2, 6, 1)), (6, (5, 2))],  # 34 tokens
     [(1, (3, 1, 2, 5, 2)), (7, (3, 3, 4, 2))],  # 33
     [(12, (4, 6))],  # 22, so that its row ends with much padding
@@ -114,7 +114,7 @@ class Case:
 
 
 MIXED = ["sliding_attention", "full_attention"]
-WINDOWS = [
+WINDOWS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 4}),
     ("mistral", {"sliding_window": 20}),  # longer than any path, shorter than a row
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED}),
@@ -469,9 +469,7 @@ def test_path_attention_by_itself(
     expected = scores.masked_fill(blocked, -torch.inf).softmax(-1) @ values
     expected_gradients = torch.autograd.grad(expected, (query, key, value), grad)
 
-    actual, _ = paths_module.path_attention(
-        None, query, key, value, None, tree_segments=batch.segments, scaling=scale
-    )
+    actual, _ = paths_module.path_attention(None, query, key, value, None, tree_segments=batch.segments, scaling=scale)
     assert actual.shape == (3, 40, 4, 8)
     actual_gradients = torch.autograd.grad(actual, (query, key, value), grad.transpose(1, 2).to(dtype))
 
@@ -490,3 +488,48 @@ def test_path_attention_without_a_scale_divides_by_the_root_of_the_width(assert_
     result, _ = paths_module.path_attention(None, query, key, value, None, tree_segments=(Segment(2),))
     # The second query scores 2 / sqrt(4) = 1 and 0: e / (e + 1).
     assert_close(result.flatten(), torch.tensor([1.0, 0.7310586]), rtol=1e-6)
+
+
+# Block masks. Compiling takes 5 to 40 seconds a kind of mask; the backward pass exists on a GPU only (tests/gpu).
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {}), ("gemma3_text", WINDOWS[3][1])], ids=["llama", "gemma3_text"]
+)
+def test_block_masks_forward(
+    family: str,
+    config: dict[str, Any],
+    tiny_model: Callable[..., Any],
+    rows: list[list[Tree]],
+    make_tree: Callable[..., Tree],
+    assert_close: Callable[..., None],
+) -> None:
+    """Also over the edge of a block of 128, and for layers of two kinds."""
+    model = TreeModel(tiny_model(family, **config))
+    rows = [*rows, [make_tree(40, (30, 50, 41), rng=np.random.default_rng(0))]]
+    batch = packed_batch(rows, width_multiple=BLOCK_MULTIPLE)
+    with torch.no_grad():
+        expected = plain_logprobs(model.inner, rows)
+        model.use_attention(Attention.block)
+        for fast_head in (True, False):
+            model.fast_head = fast_head
+            assert_close(model(batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "span"), [("full_attention", None), ("sliding_attention", 3), ("chunked_attention", 4)]
+)
+def test_the_block_mask_says_what_the_dense_mask_says(
+    kind: str, span: int | None, tiny_model: Callable[..., Any], rows: list[list[Tree]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for every pair of positions, without compiling anything."""
+    model = TreeModel(tiny_model("llama"))
+    model.attention = Attention.block
+    monkeypatch.setattr(model, "spans", lambda: {kind: span})
+    batch = packed_batch(rows, width_multiple=BLOCK_MULTIPLE)
+    mask = model.mask(batch)
+    assert mask.BLOCK_SIZE == (BLOCK_MULTIPLE, BLOCK_MULTIPLE)
+    b, q, k = torch.meshgrid(torch.arange(3), torch.arange(128), torch.arange(128), indexing="ij")
+    said = mask.mask_mod(b, torch.zeros_like(b), q, k)
+    assert torch.equal(said, allowed(batch.tree, batch.branch, batch.positions, kind=kind, span=span))

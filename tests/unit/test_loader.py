@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -78,14 +79,12 @@ def test_ranks_share_a_step_and_run_equally_many_micro_batches(
     """16 processes are more than there are examples: some run only empty micro-batches."""
     for step in range(6):
         ranks = [
-            stream(
-                data, mix_ratio=mix_ratio, layout=replace(ALONE, rank=rank, num_ranks=num_ranks)
-            ).micro_batches(step)
+            stream(data, mix_ratio=mix_ratio, layout=replace(ALONE, rank=rank, num_ranks=num_ranks)).micro_batches(step)
             for rank in range(num_ranks)
         ]
         assert len({len(rank) for rank in ranks}) == 1
         expected = [one for one in stream(data, mix_ratio=mix_ratio).examples(step) for _ in range(2 - one[0])]
-        assert examples_in(sum(ranks, [])) == sorted(expected)
+        assert examples_in(list(chain(*ranks))) == sorted(expected)
 
 
 def test_a_process_reads_only_its_own_trees(data: list[FakeData]) -> None:
@@ -120,7 +119,7 @@ def test_the_mixture_makes_up_its_share(data: list[FakeData]) -> None:
     drawn = [[index for group, index in mixed.examples(step) if group == 1] for step in range(6)]
     # 40 % of all: 2 for every 3 of the first set, which has used 10, 20, 23, 33, 43, 46 by the end of each step.
     assert np.cumsum([len(step) for step in drawn]).tolist() == [6, 13, 15, 22, 28, 30]
-    assert sorted(sum(drawn, [])[:7]) == list(range(7))
+    assert sorted(list(chain(*drawn))[:7]) == list(range(7))
     for step in range(6):
         first_set = [index for group, index in mixed.examples(step) if group == 0]
         assert first_set == [index for _, index in stream(data).examples(step)]

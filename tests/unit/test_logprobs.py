@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,16 +83,18 @@ def test_values_and_gradients(
         assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 
-class Sizes(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor has that any operation makes."""
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of every tensor that any operation makes."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                self.seen.add(tuple(tensor.shape))
         return result
 
 
@@ -108,11 +111,11 @@ def test_logits_are_held_a_chunk_at_a_time(keeps: bool, monkeypatch: pytest.Monk
         saved.append(tensor.numel())
         return tensor
 
-    with Sizes() as sizes:
+    with Shapes() as shapes:
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             logprobs = linear_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64))
         logprobs.sum().backward()
-    assert sizes.largest == 20 * 200
+    assert max(map(math.prod, shapes.seen)) == 20 * 200
     inputs_and_result = 64 * 2 + 200 * 2 + 64 + 64
     assert sum(saved) == inputs_and_result + (64 * 200 if keeps else 0)
 
@@ -146,9 +149,11 @@ def test_what_is_frozen_gets_no_gradient(
     hidden, weight, target, grad = inputs(20)
     expected = torch.autograd.grad(reference(hidden, weight, target), (hidden, weight), grad)
     (weight if frozen == "weight" else hidden).requires_grad_(False)
-    linear_logprobs(hidden, weight, target).backward(grad)
+    with Shapes() as shapes:
+        linear_logprobs(hidden, weight, target).backward(grad)
     if frozen == "weight":
         assert weight.grad is None
+        assert weight.shape not in shapes.seen  # not computed and thrown away either: the largest matrix of a model
         assert_close(hidden.grad, expected[0], rtol=1e-10, atol=1e-13)
     else:
         assert hidden.grad is None
@@ -182,7 +187,7 @@ def test_bf16_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, assert_close: Ca
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
     hidden, weight, target, grad = inputs(200, torch.bfloat16)
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    expected = reference(*wide, target)
+    expected = reference(wide[0], wide[1], target)
     expected_grads = torch.autograd.grad(expected, wide, grad.float())
 
     actual = linear_logprobs(hidden, weight, target)
@@ -199,17 +204,17 @@ def test_bf16_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, assert_close: Ca
 def test_gradients_of_a_token_that_is_almost_certain(
     kept: int, monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]
 ) -> None:
-    """1 - p is 0.0009 and less than half a unit of bf16 below 1: p - 1 in bf16 would be nothing, or four times it."""
+    """1 - p is 0.0013: p itself, rounded to bf16, is 1 and would leave no gradient."""
     monkeypatch.setattr(module, "KEEP_ELEMENTS", kept)
     hidden = torch.tensor([[1.0, 0.5]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[7.0, 1.0], [0.0, 0.5], [-1.0, 2.0]], dtype=torch.bfloat16, requires_grad=True)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = torch.autograd.grad(reference(*wide, torch.tensor([0])), wide)
+    expected = torch.autograd.grad(reference(wide[0], wide[1], torch.tensor([0])), wide)
     assert 0 < float(expected[0].abs().max()) < 0.01
 
     actual = torch.autograd.grad(linear_logprobs(hidden, weight, torch.tensor([0])), (hidden, weight))
     for one, other in zip(actual, expected, strict=True):
-        assert_close(one.double(), other, rtol=0.02)
+        assert_close(one.double(), other, rtol=0.01, atol=float(0.01 * other.abs().max()))
 
 
 def test_the_weight_gradient_is_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def epochs_of(order: BatchOrder) -> list[list[list[int]]]:
 def test_every_example_once_an_epoch(order: BatchOrder) -> None:
     for batches in epochs_of(order):
         assert all(batches)
-        assert sorted(sum(batches, [])) == list(range(order.size))
+        assert sorted(chain(*batches)) == list(range(order.size))
 
 
 def test_by_examples_leaves_the_rest_to_the_last_batch() -> None:
@@ -111,7 +113,7 @@ def mixture(counts: list[int], *, ratio: float, size: int, seed: int = 0) -> lis
     ends = np.cumsum([0, *counts])
     return [
         int(i)
-        for before, after in zip(ends[:-1], ends[1:], strict=True)
+        for before, after in pairwise(ends)
         for i in mixed_in(int(before), int(after), ratio=ratio, size=size, seed=seed)
     ]
 
@@ -134,7 +136,9 @@ def test_the_second_set_is_used_up_before_it_repeats() -> None:
 
 
 def test_the_mixture_does_not_depend_on_the_size_of_steps() -> None:
-    assert mixture([60], ratio=0.3, size=8) == mixture([1] * 60, ratio=0.3, size=8) == mixture([7] * 8 + [4], ratio=0.3, size=8)
+    at_once = mixture([60], ratio=0.3, size=8)
+    assert mixture([1] * 60, ratio=0.3, size=8) == at_once
+    assert mixture([7] * 8 + [4], ratio=0.3, size=8) == at_once
 
 
 def test_the_mixture_follows_the_seed_and_not_the_first_set() -> None:

@@ -27,7 +27,7 @@ def rates(**changes: Any) -> list[float]:
 # 0; the rate is 0.1 + 0.9 times that.
 COSINE = [1.0, 0.8681981, 0.55, 0.2318019, 0.1]
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     # Ouyang et al. 2022, appendix C: cosine down to 10 % of the peak, no warm-up.
     "instructgpt": ({"peak": 9.65e-6}, [9.65e-6 * x for x in COSINE]),
     "cosine to zero": ({"final_fraction": 0.0}, [1.0, 0.8535534, 0.5, 0.1464466, 0.0]),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +152,8 @@ def test_bad_rows_are_an_error_that_names_them(renderer: Renderer, write_rows: W
     assert list(cache.iterdir()) == []  # and leave nothing behind
 
     path = write_rows(pair(0), *(b"{oops" for _ in range(13)))
-    with pytest.raises(UserError, match=r"13 of 14 rows[^$]*data.jsonl:11: not JSON[^$]*and 3 more"):
-        build(demonstrations(path), renderer, LENGTHS, cache_dir=cache)
+    with pytest.raises(UserError, match=r"13 of 14 rows of /[^$]*data.jsonl:11: not JSON[^$]*and 3 more"):
+        build(replace(demonstrations(path), path=[path]), renderer, LENGTHS, cache_dir=cache)
 
 
 def test_skipped_bad_rows_are_counted(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:
@@ -382,3 +384,13 @@ def test_split_always_has_two_sides(renderer: Renderer, write_rows: WriteRows, c
             split_heldout(data, wrong, 0)
     with pytest.raises(UserError, match="two different prompts"):
         split_heldout(data.select(np.array([0, 1])), 0.5, 0)
+
+
+def test_imports_are_cheap() -> None:
+    """Nothing here needs torch, and pandas or datasets would cost more time than the tokenising."""
+    code = (
+        "import sys, rlhf_pipeline.data.dataset, rlhf_pipeline.data.encode; "
+        "print(*{'torch', 'transformers', 'datasets', 'pandas', 'jinja2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF.parent)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,213 @@
+"""A user's mistakes: each is named as typed with the nearest valid spelling, all in one message, before torch."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline import config
+from rlhf_pipeline.config.compose import examine
+from rlhf_pipeline.config.explain import nearest
+from rlhf_pipeline.errors import UserError
+
+GIVEN = ["data.train=some.jsonl", "model.path=some_model"]
+
+
+def problems(*overrides: str, stage: str = "sft", **where: str) -> list[str]:
+    return examine(stage, [*GIVEN, *overrides], **where)[1]
+
+
+ONE_OVERRIDE = {
+    # misspelt keys: the key as typed, the nearest valid one
+    "optim.lrr=1": "optim.lrr=1: there is no key 'optim.lrr' (did you mean optim.lr?)",
+    "optm.lr=1": "optm.lr=1: there is no key 'optm' (did you mean optim?)",
+    "lr=1": "lr=1: there is no key 'lr' (did you mean optim.lr?)",
+    "modle=lab": "modle=lab: there is no key 'modle' (did you mean model?)",
+    "+optim.lrr=1": "+optim.lrr=1: there is no key 'optim.lrr' (did you mean optim.lr?)",
+    "++optim.lrr=1": "++optim.lrr=1: there is no key 'optim.lrr' (did you mean optim.lr?)",
+    "++a.b.c=1": "++a.b.c=1: there is no key 'a'",
+    "~optim.lrr": "~optim.lrr: there is no key 'optim.lrr' (did you mean optim.lr?)",
+    "batch={examples:3,exmples:4}": (
+        "batch={examples:3,exmples:4}: there is no key 'batch.exmples' (did you mean batch.examples?)"
+    ),
+    "engine.extra.aio=1": "engine.extra.aio=1: engine.extra.aio is not set yet; write +engine.extra.aio=... to add it",
+    "hydra.jobb=1": "hydra.jobb=1: there is no key 'hydra.jobb'",
+    # wrong types
+    "optim.lr=fast": "optim.lr=fast: Value 'fast' of type 'str' could not be converted to Float",
+    "seed=1.5": "seed=1.5: Value '1.5' of type 'float' could not be converted to Integer",
+    "optim.betas=[a,b]": "optim.betas=[a,b]: Value 'a' of type 'str' could not be converted to Float",
+    "optim.lr=null": "optim.lr=null: field 'optim.lr' is not Optional",
+    # unknown choices
+    "engine=zero4": (
+        "engine=zero4: there is no such choice (did you mean zero3?); "
+        "engine is one of zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"
+    ),
+    "tracking=3": "tracking=3: tracking is one of default, offline, wandb",
+    "hydra/launcher=slurm": "hydra/launcher=slurm: there is no such choice; hydra/launcher is one of basic",
+    "+engine=zero3": "+engine=zero3: engine is there already; leave out the +",
+    # enumerations
+    "tracking.wandb=Online": (
+        "tracking.wandb=Online: Invalid value 'Online', expected one of [online, offline, disabled]"
+    ),
+    # not overrides at all
+    "optim.lr": (
+        "optim.lr: is not key=value; a value with special characters needs quotes (Error parsing override 'optim.lr')"
+    ),
+    "seed=1,2": "seed=1,2: several values; add -m to run each, or write [...] for a list, or quote them as one",
+    # references to nothing
+    "name=${nmae}": "name: Interpolation key 'nmae' not found",
+    # what only makes sense elsewhere
+    "experiment=demo_pretrain": "experiment=demo_pretrain: is an experiment of rlhf pretrain, by its name",
+}
+
+
+@pytest.mark.parametrize("override", ONE_OVERRIDE)
+def test_one_override(override: str) -> None:
+    assert problems(override) == [ONE_OVERRIDE[override]]
+
+
+def test_key_below_a_section_that_is_null() -> None:
+    [problem] = problems("model.shape.hidden=64")
+    assert problem.startswith("model.shape.hidden=64: model.shape is null; choose a whole one first: model is one of ")
+
+
+def test_missing_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    [problem] = problems("runs=${oc.env:NO_SUCH_FOLDER}")
+    assert problem.startswith("runs: ") and "Environment variable 'NO_SUCH_FOLDER' not found" in problem
+
+
+COMBINATIONS: list[tuple[list[str], str]] = [
+    (["model=lab", "data.max_length=512", "data.max_prompt_length=9"], "model: set exactly one of model.path"),
+    (["model.path=null"], "model: set exactly one of model.path"),
+    (["data.train=null"], "data.train: has no value; add data.train=..."),
+    (["data.train=[1,2]"], "data.train=[1, 2]: must be a path, a glob, a folder, a hub id, or a list of them"),
+    (["data.max_prompt_length=2048"], "data.max_prompt_length=2048: must be at least 1 and less than data.max_length"),
+    (["batch.tokens=512"], "batch: set exactly one of batch.examples and batch.tokens"),
+    (["engine.zero_stage=4"], "engine.zero_stage=4: must be 0, 1, 2 or 3"),
+    (["engine=zero0", "model.dtype=bfloat16"], "engine.zero_stage=0: model.dtype=bfloat16 needs fp32 master weights"),
+    (["engine=zero1", "engine.offload_optimizer=cpu"], "engine.offload_optimizer: needs engine.zero_stage 2 or 3"),
+    (["engine=zero2", "engine.offload_parameters=cpu"], "engine.offload_parameters: needs engine.zero_stage=3, not 2"),
+    (["+engine.extra.train_batch_size=3"], "engine.extra.train_batch_size: not one of activation_checkpointing, "),
+    (["model.attention=block", "model.dropout=0.1"], "model.attention=block: has no dropout, and model.dropout=0.1"),
+    (["model.dropout=2"], "model.dropout=2.0: must be between 0 and 1"),
+    (["mix.ratio=0.1"], "mix.train: has no value; add mix.train=..."),
+    (["mix.train=text"], "mix.ratio=0.0: leaves mix.train out"),
+    (["mix.ratio=1", "mix.train=text"], "mix.ratio=1.0: must be at least 0 and less than 1"),
+    (["optim.betas=[0.9]"], "optim.betas=[0.9]: Adam has two"),
+    (["optim.betas=[0.9,1.0]"], "optim.betas[1]=1.0: must be at least 0 and less than 1"),
+    (["optim.warmup_steps=-1"], "optim.warmup_steps=-1: must not be negative"),
+    (["train.epochs=0"], "train.epochs=0: must be more than 0"),
+    (["name=a/b"], "name='a/b': a run's name is a folder name"),
+    (["run_dir=''"], "run_dir: must name a folder"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "beginning"), COMBINATIONS, ids=lambda value: str(value)[:40])
+def test_impossible_combination(overrides: list[str], beginning: str) -> None:
+    [problem] = problems(*overrides)
+    assert problem.startswith(beginning)
+
+
+@pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "optim.max_grad_norm", "evaluation.temperature"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_are_finite(key: str, value: float) -> None:
+    assert f"{key}={value}: must be a finite number" in problems(f"{key}={value}")
+
+
+def test_a_model_from_scratch_must_fit_the_data() -> None:
+    found = problems("model=lab", "model.shape.heads=3", "data.max_length=600", stage="pretrain")
+    assert "model.shape.heads=3: must divide model.shape.hidden=128" in found
+    assert "data.max_length=600: more than model.shape.context=512" in found
+
+
+def test_all_problems_in_one_message() -> None:
+    with pytest.raises(UserError) as raised:
+        config.load("sft", ["optim.lrr=1", "engine=zero4", "seed=x", "data.long_prompt=dropp", "train.epochs=0"])
+    head, *lines, hint = str(raised.value).splitlines()
+    assert head == "rlhf sft: 7 problems with the config"
+    assert sorted(line.partition(":")[0] for line in lines) == [
+        "  - data.long_prompt=dropp", "  - data.train", "  - engine=zero4", "  - model", "  - optim.lrr=1",
+        "  - seed=x", "  - train.epochs=0",
+    ]  # fmt: skip
+    assert hint == "rlhf sft --help lists the options."
+
+
+def test_no_complaint_about_what_a_refused_choice_would_have_set() -> None:
+    """model=nope leaves the model empty and a refused experiment all that it sets; the user did not ask for that."""
+    assert len(examine("sft", ["data.train=x", "model=nope"])[1]) == 1
+    assert len(examine("sft", ["experiment=nope_sft"])[1]) == 1
+
+
+def test_unknown_stage() -> None:
+    with pytest.raises(UserError, match=r"rlhf stf: there is no such stage \(did you mean sft\?\); one of "):
+        config.load("stf")
+
+
+def test_config_name_of_another_stage() -> None:
+    with pytest.raises(UserError, match="--config-name pretrain: is no config of rlhf sft"):
+        examine("sft", GIVEN, config_name="pretrain")
+    with pytest.raises(UserError, match="the config nope cannot be composed: Cannot find primary config 'nope'"):
+        examine("sft", GIVEN, config_name="nope")
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[[str], list[str]]:
+    """experiment(text) -> the problems of a user's own experiment, after "experiment=mine_sft: "."""
+
+    def check(text: str) -> list[str]:
+        path = tmp_path / "experiment" / "mine_sft.yaml"
+        path.parent.mkdir()
+        path.write_text("# @package _global_\n" + textwrap.dedent(text))
+        found = problems("experiment=mine_sft", extra_dir=str(tmp_path))
+        assert all(problem.startswith("experiment=mine_sft: ") for problem in found)
+        return [p.removeprefix("experiment=mine_sft: ").replace(str(path), "FILE") for p in found]
+
+    return check
+
+
+def test_every_mistake_in_a_file_is_named(experiment: Any) -> None:
+    text = """
+        seed: one
+        optim:
+          lrr: 1.0e-3
+          eps: 1.0e-6
+        data:
+          long_prompt: dropp
+    """
+    assert experiment(text) == [
+        "FILE: seed: Value 'one' of type 'str' could not be converted to Integer",
+        "FILE: there is no key 'optim.lrr' (did you mean optim.lr?)",
+        "FILE: data.long_prompt: Invalid value 'dropp', expected one of [drop, keep_end, keep_start, error]",
+    ]
+
+
+def test_file_that_is_no_yaml(experiment: Any) -> None:
+    assert experiment("\noptim: [1,\n")[0].startswith("FILE, line ")
+
+
+def test_file_that_asks_for_a_choice_which_does_not_exist(experiment: Any) -> None:
+    [problem] = experiment("\ndefaults:\n  - override /engine: zero4\n")
+    assert problem.startswith("its defaults ask for engine=zero4, and there is no such choice (did you mean zero3?)")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["=3", "[", "a b=c d", "optim.betas.7=1", "optim=[x", "model.shape={hidden:3}", "++optim.betas.0=${nope}",
+     "optim.lr.x=3", "data@x=text", "name=???", "optim={lr:[1]}", "seed=glob(*)", "engine.extra=[1]"],
+)  # fmt: skip
+def test_odd_input_is_a_users_mistake_and_no_crash(override: str) -> None:
+    assert problems(override)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("optim.lrr", " (did you mean optim.lr?)"), ("lr", " (did you mean optim.lr?)"), ("zzz", "")],
+)
+def test_nearest(typed: str, expected: str) -> None:
+    assert nearest(typed, ["optim.lr", "optim.eps", "data.train"]) == expected
