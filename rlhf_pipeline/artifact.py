@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,10 @@ def load(path: str | Path, *, kind: Kind) -> Manifest:
         raise UserError(f"{folder}: no {MANIFEST} in it, so no finished artifact; run the stage that makes it to its end") from None
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); run the stage that makes it again") from None
-    if raw.get("format") != FORMAT:
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
         raise UserError(f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version it was written by")
+    if not isinstance(raw, dict) or any(one.name not in raw for one in fields(Manifest)):
+        raise UserError(f"{folder / MANIFEST}: not a whole manifest; run the stage that makes it again")
     for name, digest in raw["files"].items():
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; copy the whole folder, or run the stage that makes it again")

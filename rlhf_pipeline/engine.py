@@ -8,6 +8,7 @@ schedule or rotate checkpoints. Nothing is left to a DeepSpeed default: it would
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def quiet_deepspeed() -> None:
     optimiser, unused here, starts torch's compiler on import, which takes as long as importing torch.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls into it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -131,6 +131,8 @@ def fit(
     metrics: dict[str, float] = {}
     if done == 0 and schedule.evaluation.before:
         tracker.log(0, evaluate(0))
+    if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
+        save_artifact(batches(schedule.num_steps - 1).epoch + 1, done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
         step = batches(done)
         rate = schedule.learning_rate(done)
@@ -178,7 +180,7 @@ def _update(
     leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
     total = runtime.sum_over_ranks(local)
     tokens = total.pop("tokens")
-    means = {name: value / max(global_counts[name], 1.0) for name, value in total.items()}
+    means = {name: value / (global_counts[name] or 1.0) for name, value in total.items()}
     _require_finite("loss", list(means.values()), step, done)
     norm = engine.step(rate)
     _require_finite("gradient norm", [norm], step, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -52,6 +53,11 @@ def run_stage(stage: str, args: list[str]) -> None:
             import_module(recipe_module).main(cfg)
         except UserError as error:
             leave(error)
+        except OSError as error:  # of the small files; saving a state or an artifact says more
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = error.filename or cfg.run_dir
+            leave(UserError(f"{place}: the disk is full; what was saved is intact. Make room and run the same command again."))
 
     task.__module__ = recipe_module  # Hydra names the job after it
     config.register()

@@ -108,13 +108,12 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; when one fails, give the others a moment to notice, then end them."""
     failed_at: float | None = None
     code = 0
-    while any(process.poll() is None for process in ranks):
-        if failed_at is None and (failed := [p.returncode for p in ranks if p.returncode not in NO_FAILURE]):
+    while None in (codes := [process.poll() for process in ranks]):
+        if failed_at is None and (failed := [c for c in codes if c not in NO_FAILURE]):
             failed_at, code = time.monotonic(), failed[0]
         if failed_at is not None and time.monotonic() - failed_at > PEER_DEATH_GRACE:
             for process in ranks:
                 process.kill()
         time.sleep(POLL)
-    code = code or next((p.returncode for p in ranks if p.returncode not in NO_FAILURE), 0)
-    code = code or next((p.returncode for p in ranks if p.returncode), 0)
+    code = code or next((c for c in codes if c not in NO_FAILURE), 0) or next((c for c in codes if c), 0)
     return 128 - code if code < 0 else code  # a rank killed by signal n reads as 128 + n, as in a shell

@@ -44,15 +44,16 @@ def save(run_dir: Path, engine: Engine, *, step: int, meta: dict[str, Any], keep
     """
     final = _folder(run_dir, step)
     partial = final.with_name(final.name + ".partial")
-    if runtime.is_main():
-        for left_over in final.parent.glob("*.partial"):
-            shutil.rmtree(left_over)
-        partial.mkdir(parents=True)
-    runtime.barrier()
-    name = f"rank_{runtime.rank():05d}.safetensors"
-    failure, digest = "", ""
     previous = max((s for s in _steps(run_dir)), default=None)
     kept = f"The state of step {previous} is intact." if previous is not None else "There is no earlier state."
+    with runtime.main_first():
+        if runtime.is_main():
+            with disk_errors(f"the state of step {step}", partial, kept=kept):
+                for left_over in final.parent.glob("*.partial"):
+                    shutil.rmtree(left_over)
+                partial.mkdir(parents=True)
+    name = f"rank_{runtime.rank():05d}.safetensors"
+    failure, digest = "", ""
     try:
         with disk_errors(f"the state of step {step}", partial, kept=kept):
             _write_slices(partial / name, [] if engine.zero_stage == 0 and runtime.rank() > 0 else engine.slices())

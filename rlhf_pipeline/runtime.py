@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,8 @@ def join_process_group(runtime: Runtime, *, timeout_minutes: int) -> None:
     import torch
     import torch.distributed as dist
 
+    if dist.is_initialized():  # by the job before this one in a sweep; DeepSpeed could not do with another group
+        return
     from rlhf_pipeline.engine import quiet_deepspeed
     from rlhf_pipeline.launch import free_port
 
@@ -87,13 +90,7 @@ def join_process_group(runtime: Runtime, *, timeout_minutes: int) -> None:
         timeout=timedelta(minutes=timeout_minutes),
         device_id=torch.device(runtime.device) if backend == "nccl" else None,
     )
-
-
-def leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 @contextmanager

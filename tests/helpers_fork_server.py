@@ -11,6 +11,7 @@ runs. Ends when stdin does, and kills the children that are left.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -77,6 +78,7 @@ def _fork(request: dict[str, Any]) -> int:
             _watch_changes(request["crash"], request["full"])
         code = _command_line(request["run"])
     finally:
+        atexit._run_exitfuncs()  # as a fresh interpreter would at its end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -97,8 +99,9 @@ def _watch_changes(crash: int | None, full: int | None) -> None:
             os.write(2, f"change {changes}: {event} {arguments[0]}\n".encode())
             if changes == crash:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if full is not None and changes >= full and event in makes and not Path(os.fsdecode(arguments[0])).exists():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
+            made = os.fsdecode(arguments[1 if event == "os.link" else 0])
+            if full is not None and changes >= full and event in makes and not Path(made).exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), made)
 
     sys.addaudithook(audit)
 

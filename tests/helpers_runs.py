@@ -281,7 +281,7 @@ def dialogues(count: int, seed: int = 0, *, turns: int = 2) -> list[dict[str, An
     return rows
 
 
-def make_base(folder: Path, *, seed: int = 0, architecture: str = "llama") -> Path:
+def make_base(folder: Path, *, seed: int = 0, architecture: str = "llama", context: int = 256) -> Path:
     """A Hugging Face folder (no artifact): a tiny model with weights large enough to matter, and a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -291,17 +291,19 @@ def make_base(folder: Path, *, seed: int = 0, architecture: str = "llama") -> Pa
 
     rng = random.Random(5)
     corpus = [f"\n\nHuman: {sentence(rng, 2, 9)}?\n\nAssistant: {sentence(rng, 2, 20)}" for _ in range(60)]
-    tokenizer = with_template(train_tokenizer(corpus, vocab_size=400, context=256), TokenizerConfig(template="dialogue"))
+    tokenizer = with_template(
+        train_tokenizer(corpus, vocab_size=400, context=context), TokenizerConfig(template="dialogue")
+    )
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "intermediate_size": 48,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": context,
     }
     if architecture == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": context}
     torch.manual_seed(seed)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(architecture, vocab_size=400, initializer_range=0.1, **special, **sizes)
@@ -338,7 +340,9 @@ def series(run: Path, name: str) -> list[float]:
 
 def assert_same_end(run: Path, undisturbed: Path) -> None:
     """Bit-identical final weights, the same metrics and the same samples."""
-    assert (run / "artifact/model.safetensors").read_bytes() == (undisturbed / "artifact/model.safetensors").read_bytes()
+    assert (run / "artifact/model.safetensors").read_bytes() == (
+        undisturbed / "artifact/model.safetensors"
+    ).read_bytes()
     assert metrics(run) == metrics(undisturbed)
     assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
     assert files_below(run / "artifacts") == files_below(undisturbed / "artifacts")

@@ -11,7 +11,9 @@ import numpy as np
 @lru_cache(maxsize=4)
 def permutation(size: int, *, seed: int, epoch: int, salt: int = 0) -> np.ndarray:
     """The order of an epoch, int64 [size]."""
-    return np.random.default_rng([seed, salt, epoch]).permutation(size)
+    order = np.random.default_rng([seed, salt, epoch]).permutation(size)
+    order.setflags(write=False)  # it is cached
+    return order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

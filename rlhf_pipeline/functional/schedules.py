@@ -22,12 +22,12 @@ def learning_rate(
     Raises:
         ValueError: for another decay.
     """
+    if decay not in ("constant", "linear", "cosine"):
+        raise ValueError(f"decay must be constant, linear or cosine, not {decay!r}")
     if step < warmup_steps:
         return peak * (warmup_start_fraction + (1 - warmup_start_fraction) * step / warmup_steps)
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
-    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    if decay not in shapes:
-        raise ValueError(f"decay must be one of {', '.join(shapes)}, not {decay!r}")
     if decay == "constant":
         return peak
-    return peak * (final_fraction + (1 - final_fraction) * shapes[decay])
+    left = 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (final_fraction + (1 - final_fraction) * left)

@@ -28,7 +28,7 @@ def objective(terms: Mapping[str, Term], global_counts: Mapping[str, float]) -> 
     A term that nobody has a count for adds nothing, and still connects the graph: on every rank each micro-batch
     must run its backward pass.
     """
-    weighted = [t.weight * t.sum / max(global_counts[name], 1.0) for name, t in terms.items() if t.weight]
+    weighted = [t.weight * t.sum / (global_counts[name] or 1.0) for name, t in terms.items() if t.weight]
     return torch.stack(weighted).sum()
 
 

@@ -39,15 +39,17 @@ def load_policy(
 
 def _attention(asked: Attention, policy: TreeModel, device: torch.device) -> Attention:
     """The form of attention to run in; `auto` takes the fastest that the model's layers allow."""
+    family = policy.inner.config.model_type
     plain = policy.kinds == [FULL] and policy.inner.config._attn_implementation == "sdpa"
+    flexible = bool(policy.inner._supports_flex_attn)
     if asked is Attention.paths and not plain:
-        raise UserError(
-            f"model.attention=paths: {policy.inner.config.model_type} has windows or an attention of its own; use dense"
-        )
+        raise UserError(f"model.attention=paths: {family} has windows or an attention of its own; use dense")
+    if asked is Attention.block and not flexible:
+        raise UserError(f"model.attention=block: {family} has no flex attention in transformers; use dense")
     if asked is not Attention.auto:
         return asked
     if device.type == "cuda":
-        return Attention.block
+        return Attention.block if flexible else Attention.dense
     return Attention.paths if plain else Attention.dense
 
 

@@ -23,6 +23,7 @@ from rlhf_pipeline.functional.logprobs import linear_logprobs, token_logprobs
 from rlhf_pipeline.models import path_attention
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+BY_PLACE = ("mpt", "gpt_neo", "bloom")  # position biases or windows by place in the row; silently wrong when packed
 BLOCK_MULTIPLE = 128  # rows of a block mask are a multiple of its blocks
 
 
@@ -137,6 +138,11 @@ def attention_kinds(config: Any) -> list[str]:
         UserError: for layers whose state or bias runs along the row and so through other branches.
     """
     config = config.get_text_config()
+    if config.model_type in BY_PLACE or getattr(config, "alibi", False):
+        raise UserError(
+            f"model: {config.model_type} takes a token's place in the row for its position, which is another one where "
+            "examples are packed; use a model with rotary or learned positions"
+        )
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     other = [kind for kind in kinds if kind not in (FULL, SLIDING, CHUNKED)]
     if other:

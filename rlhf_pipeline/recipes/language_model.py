@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,8 +75,11 @@ def train(
         state_meta = _restore(config, run, engine, data, process.threads, tracker)
 
         def evaluate(step: int) -> dict[str, float]:
+            loss = held_out.loss(engine)
+            if not math.isfinite(loss):  # the last update's work: no later step would notice, and sampling would fail
+                raise UserError(f"step {step}: the held-out loss is not finite ({loss}); a lower optim.lr often helps")
             tracker.samples(step, held_out.samples(policy.inner, renderer.tokenizer, renderer.end_ids, step))
-            return {"eval/loss": held_out.loss(engine)}
+            return {"eval/loss": loss}
 
         def save_artifact(epoch: int, step: int, metrics: dict[str, float]) -> None:
             _hand_over(config, run, engine, policy, renderer, data, parents, epoch=epoch, step=step, metrics=metrics)
@@ -107,7 +111,6 @@ def train(
             tracker.info(f"stopped with the state saved; the same command goes on from it ({run.folder})")
             if stopped.exit_code:
                 raise SystemExit(stopped.exit_code) from None
-    runtime.leave_process_group()
 
 
 def loss_terms(logprobs: Tensor, batch: TreeBatch, names: list[str]) -> dict[str, Term]:

@@ -19,6 +19,7 @@ from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.records import BadRow, Text
 from rlhf_pipeline.data.sources import read_rows
 from rlhf_pipeline.data.tokenizer import open_tokenizer, train_tokenizer, with_template
+from rlhf_pipeline.files import publish
 from rlhf_pipeline.recipes import language_model
 from rlhf_pipeline.run import open_run
 
@@ -64,13 +65,15 @@ def _own_tokenizer(config: PretrainConfig, folder: Path) -> Any:
 
     assert config.model.shape is not None
     with FileLock(folder.with_name(".tokenizer.lock")):
-        if not (folder / "tokenizer_config.json").is_file():
+        if not folder.is_dir():
             tokenizer = train_tokenizer(
                 islice(_documents(config), config.tokenizer.train_documents),
                 vocab_size=config.model.shape.vocab_size,
                 context=config.model.shape.context,
             )
-            with_template(tokenizer, config.tokenizer).save_pretrained(folder)
+            partial = folder.with_name(folder.name + ".partial")
+            with_template(tokenizer, config.tokenizer).save_pretrained(partial)
+            publish(partial, folder)  # of several files, and a run may be killed between two of them
     return open_tokenizer(str(folder), config.tokenizer)
 
 

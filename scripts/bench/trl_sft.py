@@ -65,7 +65,8 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every `SFTConfig` field that is set, apart from the output folder and the number of steps.
 
     `bfd` keeps documents apart, but on CPU the attention of a batch is one dense mask over all its rows end to end,
-    so it is fast only with `--rows 1`. `wrapped` cuts the text into full rows and lets documents see each other.
+    so it is fast only with `--rows 1`. `wrapped` cuts the text into full rows and lets documents see each other; it
+    is the fastest once memory is kept.
     """
     chosen: dict[str, Any] = {
         "use_cpu": True,  # without it SFTConfig refuses its own bf16 default where there is no GPU
@@ -89,10 +90,10 @@ def seconds_since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory. Not `ru_maxrss`: that can be inherited from the process that started this one."""
+def peak_memory_gb() -> float:
+    """Peak resident memory, 1e9 bytes. Not `ru_maxrss`: the process that started this one can leave its own there."""
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in status if line.startswith("VmHWM:"))
 
 
 def cpu_seconds() -> dict[str, float]:
@@ -141,9 +142,7 @@ def train(arguments: argparse.Namespace, output_dir: str) -> list[dict[str, floa
         **settings(arguments),
     )
     dataset = load_dataset("json", data_files=str(arguments.data), split="train")
-    CountingTrainer(
-        model=str(arguments.model_dir), args=config, train_dataset=dataset, callbacks=[Clock()]
-    ).train()
+    CountingTrainer(model=str(arguments.model_dir), args=config, train_dataset=dataset, callbacks=[Clock()]).train()
     return records
 
 
@@ -160,7 +159,7 @@ def measured(records: list[dict[str, float]], *, skip: int) -> dict[str, float]:
         "scored_fraction": used["scored"] / used["tokens"],
         "system_cpu_fraction": used["system"] / (used["user"] + used["system"]),
         "other_cpus_busy": max(0.0, used["machine"] - used["user"] - used["system"]) / seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_gb": peak_memory_gb(),
         "first_step_seconds": records[0]["start"],
     }
 

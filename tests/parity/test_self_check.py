@@ -19,6 +19,7 @@ from rlhf_pipeline.data.packing import pack
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.load import load_policy
+from rlhf_pipeline.models import tree_model as tree_model_module
 from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 
@@ -40,9 +41,10 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("sdpa", {"logits_scaling": 8.0}),
     "phi": ("sdpa", {}),
     "falcon": ("sdpa", {}),
+    "llama4_text": ("sdpa", {"attention_chunk_size": 8192, "intermediate_size_mlp": 48, "num_local_experts": 2}),
 }
-# Soft-capped, scaled and biased logits are not hidden states times embeddings.
-OWN_HEAD = {"gemma2", "cohere", "granite", "phi"}
+# Soft-capped, scaled and biased logits are not hidden states times embeddings; Llama 4 gives out no hidden states.
+OWN_HEAD = {"gemma2", "cohere", "granite", "phi", "llama4_text"}
 # Paths reach the attention function of these; windows need the mask, and Falcon's layers do not hand arguments on.
 PATHS = {"llama", "qwen3", "gpt2", "cohere", "granite", "phi"}
 
@@ -136,23 +138,29 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_go_by_the_place_in_the_row_are_refused_by_name(family: str, tree_model: MakeModel) -> None:
+    with pytest.raises(UserError, match=f"{family} takes a token's place in the row"):
+        tree_model(family, **REFUSED[family])
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("family", REFUSED)
-def test_silently_wrong_models_are_refused(family: str, scale: str, dtype: torch.dtype, tree_model: MakeModel) -> None:
-    model = tree_model(family, scale=scale, dtype=dtype, **REFUSED[family])
+def test_silently_wrong_models_do_not_pass_the_check(
+    family: str, scale: str, tree_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were they not refused by name."""
+    monkeypatch.setattr(tree_model_module, "BY_PLACE", ())
+    model = tree_model(family, scale=scale, **REFUSED[family])
     with pytest.raises(UserError, match=rf"model: {family} does not keep packed examples apart"):
         self_check(model, CPU)
 
 
-def test_gpt_neo_with_the_window_of_its_checkpoints_is_refused(tree_model: MakeModel) -> None:
-    """256 is more than the check's row has tokens, and longer rows are wrong (the next test)."""
-    with pytest.raises(UserError):
-        self_check(tree_model("gpt_neo", window_size=256), CPU)
-
-
-def test_gpt_neo_is_wrong_beyond_its_window(tree_model: MakeModel, make_tree: Callable[..., Tree]) -> None:
-    """Why it has to be refused: every path is shorter than the window, the row is not."""
+def test_gpt_neo_is_wrong_beyond_its_window(
+    tree_model: MakeModel, make_tree: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why it is refused by name: every path is shorter than the window of its checkpoints, the row is not."""
+    monkeypatch.setattr(tree_model_module, "BY_PLACE", ())
     model = tree_model("gpt_neo", window_size=256)
     trees = [make_tree(100, (100, 100, 100), rng=np.random.default_rng(0))]
     with torch.no_grad():
@@ -229,12 +237,15 @@ def test_the_model_is_left_as_it_was(
     model = tree_model("mistral")
     model.train(training)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    graphs = []  # no forward of the check is to hold one
+    model.inner.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     if passes:
         self_check(model, CPU)
     else:
         monkeypatch.setattr(model, "spans", lambda: {"full_attention": None}, raising=True)
         with pytest.raises(UserError):
             self_check(model, CPU)
+    assert set(graphs) == {False}
     assert model.training is model.inner.training is training
     assert model.inner.config.sliding_window == 4096
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())

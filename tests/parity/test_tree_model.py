@@ -48,7 +48,8 @@ def plain_logprobs(inner: Any, rows: Sequence[Sequence[Tree]]) -> Tensor:
     for tree in (tree for row in rows for tree in row):
         for response, scored in zip(tree.responses, tree.scored, strict=True):
             path = torch.tensor([*tree.prompt.tolist(), *response.tolist()])
-            logprobs = torch.log_softmax(inner(input_ids=path[None], use_cache=False).logits[0], dim=-1)
+            logits = inner(input_ids=path[None], use_cache=False).logits[0]
+            logprobs = torch.log_softmax(logits.float() if logits.dtype == torch.bfloat16 else logits, dim=-1)
             for j in range(len(response)):
                 if scored[j]:
                     at = len(tree.prompt) + j
@@ -318,7 +319,7 @@ def test_float32(
     actual = model(packed_batch(rows))
     actual_gradients = gradients(model.inner, actual)
 
-    assert_close(actual.detach(), expected.detach(), rtol=0, atol=2e-5)
+    assert_close(actual.detach(), expected.detach(), rtol=0, atol=1e-5)
     assert actual_gradients.keys() == expected_gradients.keys()
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
     for name, gradient in expected_gradients.items():
@@ -327,10 +328,14 @@ def test_float32(
 
 @pytest.mark.parametrize("attention", ["sdpa", "paths"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_bfloat16_trees_cost_no_more_than_bfloat16(
+def test_bfloat16_trees_are_as_exact_as_bfloat16(
     family: str, attention: str, tiny_model: Callable[..., Any], rows: list[list[Tree]]
 ) -> None:
-    """Measured from the plain fp32 forward, the packed bf16 one is not much further than the plain bf16 one."""
+    """Measured from the plain fp32 forward, the packed bf16 one is less than twice as far as the plain bf16 one.
+
+    With these and other weights dense masks stay within 1.1 times, paths (soft-max in bf16) within 1.3, and 1.6 for
+    gradients.
+    """
     case = Case(family=family, attention=attention)
     plain = tiny_model(family)
     exact = plain_logprobs(plain, rows)
@@ -350,8 +355,8 @@ def test_bfloat16_trees_cost_no_more_than_bfloat16(
         return float(sum((values[name].float() - g).pow(2).sum() for name, g in exact_gradients.items()))
 
     assert actual.dtype == torch.float32
-    assert off(actual) < 1.5 * off(expected)
-    assert gradients_off(actual_gradients) < 1.5**2 * gradients_off(expected_gradients)
+    assert off(actual) < 2 * off(expected)
+    assert gradients_off(actual_gradients) < 2**2 * gradients_off(expected_gradients)
 
 
 # Masks and paths by themselves

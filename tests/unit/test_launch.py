@@ -161,7 +161,7 @@ def test_rank_that_saves_is_not_hurried(ranks: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def launcher(ranks: Any, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """launcher(code) runs `launch` over two ranks in a session of its own, as a terminal would, until both are ready."""
+    """launcher(code) runs `launch` over two ranks in a session of its own, and waits until both are ready."""
     started: list[subprocess.Popen[bytes]] = []
 
     def run(code: str, **options: Any) -> subprocess.Popen[bytes]:

@@ -62,5 +62,5 @@ def test_a_step_past_the_end_stays_at_the_floor() -> None:
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_an_unknown_decay_is_refused_at_any_step(step: int) -> None:
-    with pytest.raises(ValueError, match="decay must be one of constant, linear, cosine, not 'exponential'"):
+    with pytest.raises(ValueError, match="decay must be constant, linear or cosine, not 'exponential'"):
         learning_rate(step, **{**PLAIN, "decay": "exponential", "warmup_steps": 2})

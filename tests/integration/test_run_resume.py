@@ -230,7 +230,9 @@ def test_operational_changes_go_on(folder: Path, undisturbed: Path, paused: Path
     )
     assert "resumed after step 13" in job.output
     assert "results may differ in the last bits" in job.output and "zero_stage: 1 -> 2" in job.output
-    losses, expected = ({m["step"]: m["train/loss"] for m in metrics(r) if "train/loss" in m} for r in (run, undisturbed))
+    losses, expected = (
+        {m["step"]: m["train/loss"] for m in metrics(r) if "train/loss" in m} for r in (run, undisturbed)
+    )
     assert sorted(losses) == [*range(1, 14), 14, 16, 18]
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-6)

@@ -1,0 +1,224 @@
+"""SFT speed, side by side with TRL's SFTTrainer in one go: `make bench`. Prints the tables of docs/benchmarks.md.
+
+Both train the same random-initialised Llama shapes on the chosen side of HH harmless dialogues (Bai et al. 2022), at most
+512 tokens, in bf16, on two threads. Runs take turns, several rounds; figures are medians. What is counted is
+non-padding training tokens a second over the steady steps, peak resident memory, and the time from the start of the
+process to the end of the first optimiser step. TRL lives in an environment of its own, which this script makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TRL_PYTHON = ROOT / ".bench-venv" / "bin" / "python"
+SKIP = 3  # steps before the timing starts, on both sides
+
+SHAPES = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 688},
+    "medium": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376},
+}
+STEPS = {"small": 40, "medium": 14}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("RLHF_TEST_DATA")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(default, "hh_harmless.jsonl.gz") if default else None,
+        required=default is None,
+        help="HH dialogues: JSONL with `chosen` and `rejected` (default: the file in $RLHF_TEST_DATA)",
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15.0, help="timed on TRL's side, each run")
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--losses", nargs="+", default=["completion", "all"], choices=["completion", "all"])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
+    arguments = parser.parse_args()
+    install_trl()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    prepare(arguments.data, arguments.work, arguments.sizes)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number in range(arguments.rounds):
+        for name, measure in contestants(arguments).items():
+            figures = measure()
+            results.setdefault(name, []).append(figures)
+            shown = ", ".join(f"{key} {value:,.2f}" for key, value in figures.items())
+            print(f"round {number + 1}  {name}: {shown}", flush=True)
+            (arguments.work / "results.json").write_text(json.dumps(results, indent=1))
+    report(results)
+
+
+def install_trl() -> None:
+    """The benchmark's own environment, once."""
+    if TRL_PYTHON.exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", TRL_PYTHON.parents[1]], check=True)
+    pip = [TRL_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pins = (HERE / "requirements.txt").read_text().split()
+    subprocess.run([*pip, next(pin for pin in pins if pin.startswith("torch=="))], check=True)
+    subprocess.run([*pip, "-r", HERE / "requirements.txt"], check=True)
+
+
+def prepare(source: Path, work: Path, sizes: list[str]) -> None:
+    """Write prompt/completion rows, train a tokenizer on them, and build the models."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rlhf_pipeline.config.schema import TokenizerConfig
+    from rlhf_pipeline.data.tokenizer import train_tokenizer, with_template
+
+    opener = gzip.open if source.suffix == ".gz" else open
+    with opener(source, "rt", encoding="utf-8") as file:
+        dialogues = [json.loads(line)["chosen"] for line in file]
+    cut = [dialogue.rindex("\n\nAssistant:") + len("\n\nAssistant:") for dialogue in dialogues]
+    rows = [{"prompt": d[:at], "completion": d[at:]} for d, at in zip(dialogues, cut, strict=True) if d[at:].strip()]
+    (work / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = with_template(
+        train_tokenizer(dialogues, vocab_size=8192, context=1024), TokenizerConfig(template="dialogue")
+    )
+    for size in sizes:
+        config = LlamaConfig(
+            **SHAPES[size],
+            vocab_size=8192,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(work / size)
+        tokenizer.save_pretrained(work / size)
+
+
+def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:
+    """Name -> a function that runs it once."""
+    found: dict[str, Callable[[], dict[str, float]]] = {}
+    for size in arguments.sizes:
+        for loss in arguments.losses:
+            common = ["--loss", loss]
+            kept = ["--mode", "packed-memkept"]
+            packed = ["--mode", "packed"]
+            quick = ["--gradient-checkpointing", "off"]
+            trl = {
+                "TRL default": common,
+                "TRL packed (wrapped, 8 rows)": [*common, *packed],
+                "TRL packed (bfd, 1 row x 8)": [*common, *packed, "--packing", "bfd", "--rows", "1"],
+                "TRL packed, memory kept": [*common, *kept],
+                "TRL packed, memory kept, no checkpointing": [*common, *kept, *quick],
+            }
+            for examples in (8, 24):
+                found[f"{size} | {loss} | rlhf sft, {examples} examples a step"] = _bind(
+                    run_ours, arguments, size, loss, examples
+                )
+            for name, options in trl.items():
+                found[f"{size} | {loss} | {name}"] = _bind(run_trl, arguments, size, options)
+    found["start | | rlhf sft"] = _bind(run_ours, arguments, arguments.sizes[0], "completion", 8, 1)
+    found["start | | trl sft"] = _bind(run_trl, arguments, arguments.sizes[0], ["--mode", "cli"])
+    return found
+
+
+def _bind(function: Callable[..., dict[str, float]], *values: Any) -> Callable[[], dict[str, float]]:
+    return lambda: function(*values)
+
+
+def run_trl(arguments: argparse.Namespace, size: str, options: list[str]) -> dict[str, float]:
+    work = arguments.work
+    line = [TRL_PYTHON, HERE / "trl_sft.py", "--model-dir", work / size, "--data", work / "hh.jsonl"]
+    done = subprocess.run(
+        [*line, "--skip", str(SKIP), "--max-seconds", str(arguments.seconds), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    names = ("tokens_per_second", "peak_memory_gb", "first_step_seconds")
+    return {name: float(result[name]) for name in names if name in result}
+
+
+def run_ours(
+    arguments: argparse.Namespace, size: str, loss: str, examples: int, steps: int | None = None
+) -> dict[str, float]:
+    runs = arguments.work / "ours"
+    subprocess.run(["rm", "-rf", runs], check=True)
+    num_steps = steps or STEPS[size] * (3 if examples == 8 else 1)
+    overrides = [
+        f"runs={runs}",
+        f"model.path={arguments.work / size}",
+        "model.dtype=bfloat16",
+        f"data.train={arguments.data}",
+        "data.format=hh",
+        "data.on_bad_row=skip",
+        "data.max_length=512",
+        "data.max_prompt_length=511",
+        "data.long_prompt=keep_end",
+        f"data.loss={'responses' if loss == 'completion' else 'all'}",
+        f"batch.examples={examples}",
+        "train.epochs=10",
+        f"train.max_steps={num_steps}",
+        "evaluation.before=false",
+        "evaluation.every=0",
+        "evaluation.samples=0",
+        "runtime.threads=2",
+        "tracking.progress=false",
+    ]
+    metrics = runs / "default" / "sft" / "metrics.jsonl"
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_pipeline", "sft", *overrides], stderr=subprocess.PIPE, text=True
+    )
+    first_step = None
+    while process.poll() is None:
+        if first_step is None and metrics.exists() and '"step": 1' in metrics.read_text():
+            first_step = time.perf_counter() - started
+        time.sleep(0.01)
+    if process.returncode:
+        sys.exit(process.stderr.read() if process.stderr else "rlhf sft failed")
+    from rlhf_pipeline.tracking import read_metrics
+
+    lines = [line for line in read_metrics(metrics) if "time/step_seconds" in line]
+    steady = lines[SKIP:] or lines
+    seconds = sum(line["time/step_seconds"] for line in steady)
+    tokens = sum(line["time/tokens_per_second"] * line["time/step_seconds"] for line in steady)
+    figures = {"first_step_seconds": first_step or float("nan")}
+    if steps is None:
+        figures |= {"tokens_per_second": tokens / seconds, "peak_memory_gb": lines[-1]["time/peak_memory_gb"]}
+    return figures
+
+
+def report(results: dict[str, list[dict[str, Any]]]) -> None:
+    print(f"\n{processor()}, {os.cpu_count()} cores, {platform.platform()}; medians of {len(next(iter(results.values())))}\n")
+    print("| size | scored | run | tokens/s | min-max | peak GB | to first step, s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, rounds in results.items():
+        size, loss, run = (part.strip() for part in name.split("|"))
+        speeds = [r["tokens_per_second"] for r in rounds if "tokens_per_second" in r]
+        memory = [r["peak_memory_gb"] for r in rounds if "peak_memory_gb" in r]
+        first = [r["first_step_seconds"] for r in rounds if "first_step_seconds" in r]
+        speed = f"{statistics.median(speeds):,.0f} | {min(speeds):,.0f}-{max(speeds):,.0f}" if speeds else " | "
+        peak = f"{statistics.median(memory):.2f}" if memory else ""
+        print(f"| {size} | {loss} | {run} | {speed} | {peak} | {statistics.median(first):.1f} |")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
