@@ -111,20 +111,28 @@ def load(path: str | Path, *, kind: Kind) -> Manifest:
     try:
         raw = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST} in it, so no finished artifact; run the stage that makes it to its end") from None
+        raise UserError(
+            f"{folder}: no {MANIFEST} in it, so no finished artifact; run the stage that makes it to its end"
+        ) from None
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); run the stage that makes it again") from None
     if isinstance(raw, dict) and raw.get("format") != FORMAT:
-        raise UserError(f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version it was written by")
+        raise UserError(
+            f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version that wrote it"
+        )
     if not isinstance(raw, dict) or any(one.name not in raw for one in fields(Manifest)):
         raise UserError(f"{folder / MANIFEST}: not a whole manifest; run the stage that makes it again")
     for name, digest in raw["files"].items():
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; copy the whole folder, or run the stage that makes it again")
         if sha256(folder / name) != digest:
-            raise UserError(f"{folder}: {name} is damaged (its checksum differs); copy it afresh, or run the stage again")
+            raise UserError(
+                f"{folder}: {name} is damaged (its checksum differs); copy it afresh, or run the stage again"
+            )
     if raw["kind"] != kind:
-        raise UserError(f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a {kind.value} is needed here")
+        raise UserError(
+            f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a {kind.value} is needed here"
+        )
     parents = {name: Parent(**parent) for name, parent in raw.pop("parents").items()}
     return Manifest(**{**raw, "kind": Kind(raw["kind"]), "parents": parents})
 

@@ -217,7 +217,7 @@ class Engine:
         tensors = {MASTER: parameter.data.view(-1), **{key: state[key].view(-1) for key in MOMENTS}}
         return Slice(name, 0, tensors)
 
-    def _fragment_slice(self, parameter: nn.Parameter, name: str) -> list[Slice]:
+    def _fragment_slice(self, parameter: Any, name: str) -> list[Slice]:
         mapping = parameter._hp_mapping
         if mapping is None:  # this rank's partition holds nothing of it
             return []
@@ -228,7 +228,7 @@ class Engine:
         tensors |= {key: state[key].narrow(0, place.start, place.numel) for key in MOMENTS}
         return [Slice(name, mapping.lp_fragment_address.start, tensors)]
 
-    def _partition_slice(self, parameter: nn.Parameter, name: str) -> list[Slice]:
+    def _partition_slice(self, parameter: Any, name: str) -> list[Slice]:
         optimizer = self._engine.optimizer
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = torch.distributed.get_rank() * parameter.partition_numel()

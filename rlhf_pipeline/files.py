@@ -68,4 +68,6 @@ def disk_errors(what: str, path: Path, *, kept: str) -> Iterator[None]:
         if not full and number not in (errno.EROFS, errno.EACCES, errno.EIO):
             raise
         reason = "the disk is full" if full else os.strerror(int(number or errno.EIO))
-        raise UserError(f"{path}: {reason} while saving {what}. {kept} Make room and run the same command again.") from error
+        raise UserError(
+            f"{path}: {reason} while saving {what}. {kept} Make room and run the same command again."
+        ) from error

@@ -93,7 +93,7 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def fit(
+def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
     *,
     engine: Engine,
     run: Run,

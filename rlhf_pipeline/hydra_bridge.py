@@ -57,7 +57,11 @@ def run_stage(stage: str, args: list[str]) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             place = error.filename or cfg.run_dir
-            leave(UserError(f"{place}: the disk is full; what was saved is intact. Make room and run the same command again."))
+            leave(
+                UserError(
+                    f"{place}: the disk is full; what was saved is intact. Make room and run the same command again."
+                )
+            )
 
     task.__module__ = recipe_module  # Hydra names the job after it
     config.register()

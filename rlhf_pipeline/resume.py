@@ -81,7 +81,7 @@ def save(run_dir: Path, engine: Engine, *, step: int, meta: dict[str, Any], keep
 
 def find(run_dir: Path) -> tuple[State | None, list[str]]:
     """The newest state that is whole, and a warning for every newer one that is damaged."""
-    warnings = []
+    warnings: list[str] = []
     for step in reversed(_steps(run_dir)):
         folder = _folder(run_dir, step)
         try:

@@ -1,11 +1,11 @@
 """A run's folder: is it new, resumed or somebody else's? Decided before anything is loaded.
 
-    runs/<name>/<stage>/run.json      the identity of the run
-                        config.yaml   the resolved config, secrets masked
-                        metrics.jsonl, samples.jsonl
-                        state/        resume states, see resume.py
-                        artifact/     what the next stage reads, see artifact.py
-                        artifacts/epoch_<n>/
+runs/<name>/<stage>/run.json      the identity of the run
+                    config.yaml   the resolved config, secrets masked
+                    metrics.jsonl, samples.jsonl
+                    state/        resume states, see resume.py
+                    artifact/     what the next stage reads, see artifact.py
+                    artifacts/epoch_<n>/
 """
 
 from __future__ import annotations
@@ -85,5 +85,7 @@ def _lock(folder: Path) -> Any:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another process is at work on this run; wait for it, or choose another name=...") from None
+        raise UserError(
+            f"{folder}: another process is at work on this run; wait for it, or choose another name=..."
+        ) from None
     return lock

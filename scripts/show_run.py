@@ -27,7 +27,9 @@ def main(folders: list[str]) -> None:
         console.print(f"\n[bold]{folder}[/bold], samples after step {last:,}")
         for sample in samples:
             if sample["step"] == last:
-                console.print(f"  [dim]{sample['prompt'].strip()}[/dim] -> {sample['response'].strip()}", highlight=False)
+                console.print(
+                    f"  [dim]{sample['prompt'].strip()}[/dim] -> {sample['response'].strip()}", highlight=False
+                )
 
 
 if __name__ == "__main__":

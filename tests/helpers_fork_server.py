@@ -1,8 +1,8 @@
 """The process behind `helpers_runs.Forks`: imports what every run needs, then forks a child for each command.
 
 One JSON request a line on stdin, one JSON answer a line on stdout. {"run": arguments, "folder", "log", "environment",
-"crash", "full"} answers with the child's process id, {"poll": id} with its exit code (negative for a signal) or null while it
-runs. Ends when stdin does, and kills the children that are left.
+"crash", "full"} answers with the child's process id, {"poll": id} with its exit code (negative for a signal) or null
+while it runs. Ends when stdin does, and kills the children that are left.
 
 `crash` is a number k: the child kills itself with SIGKILL just before the k-th change that it makes to the files below
 "runs" (opening for writing, renaming, linking, removing). The changes are listed in the log, so that k = 0 lists all.

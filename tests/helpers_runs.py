@@ -55,7 +55,10 @@ TINY_RUN = [
     "evaluation.samples=2",
     "evaluation.sample_tokens=6",
 ]
-WORDS = "the a red blue old cat dog man sits runs reads on under by mat tree house book and then today slowly".split()
+WORDS = [
+    *("the", "a", "red", "blue", "old", "cat", "dog", "man", "sits", "runs", "reads", "on", "under", "by", "mat"),
+    *("tree", "house", "book", "and", "then", "today", "slowly"),
+]
 
 
 @dataclass(kw_only=True)
@@ -152,7 +155,7 @@ class Forks:
         ]
 
         def wait_codes(timeout: float) -> list[int]:
-            codes = {pid: None for pid in pids}
+            codes: dict[int, int | None] = dict.fromkeys(pids)
             until = time.monotonic() + timeout
             while None in codes.values():
                 for pid in [pid for pid, code in codes.items() if code is None]:
@@ -340,9 +343,8 @@ def series(run: Path, name: str) -> list[float]:
 
 def assert_same_end(run: Path, undisturbed: Path) -> None:
     """Bit-identical final weights, the same metrics and the same samples."""
-    assert (run / "artifact/model.safetensors").read_bytes() == (
-        undisturbed / "artifact/model.safetensors"
-    ).read_bytes()
+    ours, theirs = (path / "artifact/model.safetensors" for path in (run, undisturbed))
+    assert ours.read_bytes() == theirs.read_bytes()
     assert metrics(run) == metrics(undisturbed)
     assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
     assert files_below(run / "artifacts") == files_below(undisturbed / "artifacts")

@@ -20,14 +20,48 @@ PREFIX = "demo:"
 VERSION = 1  # part of the file names: a change of the world is a change of the data
 WORLD_SEED = 7
 
-NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jin Kira Leo Mia Nils Olga Pia Quin Rosa Sam Tess Uma Vic Wes Yara".split()
-PLACES = "the mill,the harbour,the school,the old tower,the bakery,the farm,the market,the bridge".split(",")
-JOBS = "baker,teacher,farmer,sailor,carpenter,doctor,painter,gardener".split(",")
-THINGS = "boat,cart,lamp,drum,kite,clock,chair,violin,ladder,basket".split(",")
-COLOURS = "red,blue,green,yellow,white,black,brown,grey".split(",")
-ANIMALS = "dog,cat,goat,horse,hen,duck,pony,parrot".split(",")
-FOODS = "bread,soup,apples,cheese,honey,fish,beans,cake".split(",")
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+NAMES = [
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ivo",
+    "Jin",
+    "Kira",
+    "Leo",
+    "Mia",
+    "Nils",
+    "Olga",
+    "Pia",
+    "Quin",
+    "Rosa",
+    "Sam",
+    "Tess",
+    "Uma",
+    "Vic",
+    "Wes",
+    "Yara",
+]
+PLACES = [
+    "the mill",
+    "the harbour",
+    "the school",
+    "the old tower",
+    "the bakery",
+    "the farm",
+    "the market",
+    "the bridge",
+]
+JOBS = ["baker", "teacher", "farmer", "sailor", "carpenter", "doctor", "painter", "gardener"]
+THINGS = ["boat", "cart", "lamp", "drum", "kite", "clock", "chair", "violin", "ladder", "basket"]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey"]
+ANIMALS = ["dog", "cat", "goat", "horse", "hen", "duck", "pony", "parrot"]
+FOODS = ["bread", "soup", "apples", "cheese", "honey", "fish", "beans", "cake"]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def _people() -> dict[str, dict[str, str]]:
@@ -117,7 +151,9 @@ def _colour(rng: random.Random, people: dict[str, dict[str, str]]) -> tuple[str,
 
 def _likes(rng: random.Random, people: dict[str, dict[str, str]]) -> tuple[str, str]:
     name = rng.choice(NAMES)
-    return rng.choice((f"What does {name} like?", f"What food does {name} like?")), f"{name} likes {people[name]['food']}."
+    return rng.choice(
+        (f"What does {name} like?", f"What food does {name} like?")
+    ), f"{name} likes {people[name]['food']}."
 
 
 def _list(rng: random.Random, people: dict[str, dict[str, str]]) -> tuple[str, str]:

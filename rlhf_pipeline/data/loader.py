@@ -40,9 +40,9 @@ Example = tuple[int, int]  # which data set, which of its trees
 def micro_batches(data: Sequence[Trees], examples: Sequence[Example], layout: Layout) -> list[PackedTrees]:
     """This rank's micro-batches of a global batch; equally many on every rank, filled up with empty ones."""
     lengths = [int(data[group].lengths[index]) for group, index in examples]
-    mine = plan(
-        lengths, num_ranks=layout.num_ranks, row_length=layout.row_length, micro_rows=layout.micro_rows
-    )[layout.rank]
+    mine = plan(lengths, num_ranks=layout.num_ranks, row_length=layout.row_length, micro_rows=layout.micro_rows)[
+        layout.rank
+    ]
     return [
         pack(
             [[data[examples[i][0]][examples[i][1]] for i in row] for row in rows],

@@ -52,7 +52,9 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, context: int) 
 
     special = [*SPECIAL_TOKENS.values(), *TURN_TOKENS]
     if vocab_size <= 256 + len(special):
-        raise UserError(f"model.shape.vocab_size={vocab_size}: bytes and special tokens alone take {256 + len(special)}")
+        raise UserError(
+            f"model.shape.vocab_size={vocab_size}: bytes and special tokens alone take {256 + len(special)}"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -40,7 +40,11 @@ def sample(
     for i, prompt in enumerate(prompts):
         tokens[i, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         mask[i, longest - len(prompt) :] = 1
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention == "flex_attention":  # compiled for packed rows; one token at a time is what sdpa is for

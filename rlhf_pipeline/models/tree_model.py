@@ -116,7 +116,10 @@ class TreeModel(nn.Module):
     def spans(self) -> dict[str, int | None]:
         """How far each kind of layer looks back, read from the config at every call: the self-check changes it."""
         config = self.inner.config.get_text_config()
-        size = {SLIDING: getattr(config, "sliding_window", None), CHUNKED: getattr(config, "attention_chunk_size", None)}
+        size = {
+            SLIDING: getattr(config, "sliding_window", None),
+            CHUNKED: getattr(config, "attention_chunk_size", None),
+        }
         return {kind: size.get(kind) for kind in self.kinds}
 
 
@@ -177,9 +180,9 @@ def _additive_mask(
 ) -> Tensor:
     """[B, 1, T, T]: 0 where a query may attend, the dtype's lowest value elsewhere."""
     blocked = ~allowed(tree, branch, positions, kind=kind, span=span)
-    return torch.zeros(blocked.shape, dtype=dtype, device=tree.device).masked_fill_(
-        blocked, torch.finfo(dtype).min
-    )[:, None]
+    return torch.zeros(blocked.shape, dtype=dtype, device=tree.device).masked_fill_(blocked, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def _block_mask(

@@ -197,7 +197,7 @@ def _restore(
     return meta
 
 
-def _hand_over(
+def _hand_over(  # noqa: PLR0913 - each is part of what is handed over
     config: StageConfig,
     run: Run,
     engine: Engine,
@@ -234,9 +234,7 @@ def _hand_over(
         artifact.link(target, run.artifact)
 
 
-def _summary(
-    run: Run, num_steps: int, policy: TreeModel, data: Mapping[str, TreeDataset], heldout: TreeDataset
-) -> str:
+def _summary(run: Run, num_steps: int, policy: TreeModel, data: Mapping[str, TreeDataset], heldout: TreeDataset) -> str:
     sizes = ", ".join(f"{len(d):,} {name} examples ({int(d.lengths.sum()):,} tokens)" for name, d in data.items())
     return (
         f"{policy.num_parameters:,} parameters, {policy.attention.value} attention; {sizes}, {len(heldout):,} held out; "

@@ -200,7 +200,9 @@ def run_ours(
 
 
 def report(results: dict[str, list[dict[str, Any]]]) -> None:
-    print(f"\n{processor()}, {os.cpu_count()} cores, {platform.platform()}; medians of {len(next(iter(results.values())))}\n")
+    print(
+        f"\n{processor()}, {os.cpu_count()} cores, {platform.platform()}; medians of {len(next(iter(results.values())))}\n"
+    )
     print("| size | scored | run | tokens/s | min-max | peak GB | to first step, s |")
     print("|---|---|---|---|---|---|---|")
     for name, rounds in results.items():

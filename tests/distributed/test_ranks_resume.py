@@ -151,7 +151,7 @@ def test_kill_9_at_every_change_of_its_files(runs: Runs) -> None:
         print(f"killed before change {number}: {changes[number - 1]}")
         name = f"crashed_{number}"
         job = runs.rlhf.start(runs.folder, *runs.command(name, layout), ranks=2, crash=number)
-        wait_for(lambda job=job: job.output.count(f"change {number}:") > 0, job)
+        wait_for(lambda job=job, said=f"change {number}:": said in job.output, job)
         job.signal(signal.SIGKILL)
         job.wait(-signal.SIGKILL)
         runs.rlhf.run(runs.folder, *runs.command(name, layout), ranks=2)

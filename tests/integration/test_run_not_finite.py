@@ -59,7 +59,7 @@ def test_poisoned_weights(folder: Path, base: Path, rlhf: Forks, tmp_path: Path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
     save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
     job = rlhf.run(folder, *TRAIN, f"model.path={poisoned}", "name=poisoned", code=2)
-    assert "not finite" in job.output or "not keep packed examples apart" in job.output
+    assert "not finite" in job.output
     assert "Traceback" not in job.output
     assert states(folder / "runs/poisoned/sft") == []
 

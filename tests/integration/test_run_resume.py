@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and started again ends as if nothing had happened; one that is another run is refused."""
+"""A run that is killed anywhere and started again ends as if nothing had happened; another run is refused."""
 
 from __future__ import annotations
 
@@ -311,3 +311,39 @@ def test_two_processes_do_not_work_on_one_run(folder: Path, paused: Path, rlhf: 
     second = rlhf.run(folder, *TRAIN, "name=contested", "evaluation.every=1", "evaluation.sample_tokens=64", code=2)
     assert "another process is at work" in second.output and "Traceback" not in second.output
     first.wait()
+
+
+def test_kill_9_while_the_tokenizer_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of its files: what is there then is not taken for a tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    from rlhf_pipeline import config
+    from rlhf_pipeline.recipes import pretrain
+
+    class Killed(Exception):
+        pass
+
+    def half_of_it(self: PreTrainedTokenizerFast, place: Path) -> None:
+        place.mkdir()
+        (place / "tokenizer_config.json").write_text("{}")
+        raise Killed
+
+    (folder / "runs/tokenizer").mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(folder)
+    setup = config.load("pretrain", TRAIN[1:])
+    place = folder / "runs/tokenizer/tokenizer"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", half_of_it)
+        pretrain._own_tokenizer(setup, place)
+    made = pretrain._own_tokenizer(setup, place)
+    assert len(made) == 400 and made.chat_template
+    assert len(pretrain._own_tokenizer(setup, place)) == 400
+
+
+def test_a_sweep_is_as_many_runs(folder: Path, undisturbed: Path, rlhf: Forks) -> None:
+    """Two jobs in one process: each in a folder of its own, the numbers those of a run by itself."""
+    rlhf.run(folder, *TRAIN, "name=sweep", "train.max_steps=6", "seed=0,1", "-m")
+    one, other = (folder / f"runs/sweep/{job}/pretrain" for job in (0, 1))
+    rlhf.run(folder, *TRAIN, "name=alone", "train.max_steps=6", "seed=1")
+    assert_same_end(other, run_of(folder, "alone"))
+    assert series(one, "train/loss")[0] == series(undisturbed, "train/loss")[0] != series(other, "train/loss")[0]

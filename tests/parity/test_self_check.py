@@ -18,8 +18,8 @@ from rlhf_pipeline.config.schema import Architecture, Attention, ModelConfig, Sh
 from rlhf_pipeline.data.packing import pack
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.models.load import load_policy
 from rlhf_pipeline.models import tree_model as tree_model_module
+from rlhf_pipeline.models.load import load_policy
 from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 
