@@ -49,6 +49,7 @@ class Step:
 class Schedule:
     """How long, how fast, and what happens when."""
 
+    seed: int
     num_steps: int
     stop_after: int | None
     optim: OptimConfig
@@ -60,6 +61,7 @@ class Schedule:
     def of(cls, config: StageConfig, num_steps: int) -> Schedule:
         """The schedule of a stage's config."""
         return cls(
+            seed=config.seed,
             num_steps=num_steps,
             stop_after=config.train.stop_after,
             optim=config.optim,
@@ -135,6 +137,8 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
         save_artifact(batches(schedule.num_steps - 1).epoch + 1, done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
         step = batches(done)
+        # Drawn from the step and not from a running stream, dropout is the same in a resumed run.
+        torch.manual_seed((schedule.seed * 1_000_003 + done) * runtime.world_size() + runtime.rank())
         rate = schedule.learning_rate(done)
         means, norm, leaving = _update(engine, step, loss, counts, rate, done, stop)
         done += 1

@@ -8,6 +8,7 @@ through; families that could slip through are refused by name (tree_model.BY_PLA
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,8 @@ def self_check(model: TreeModel, device: torch.device) -> float:
         raise UserError(f"model: {family} cannot run packed examples ({error}); use another model") from error
     finally:
         model.train(was_training)
+    if math.isnan(ratio):
+        raise UserError(f"model: what {family} computes is not finite; its weights are damaged")
     if not ratio < threshold:
         raise UserError(
             f"model: {family} does not keep packed examples apart (error ratio {ratio:.2g}, allowed {threshold}): its "
