@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,11 +34,14 @@ class StopRequest:
     """Set by SIGTERM and SIGINT; the loop finishes its step, saves and leaves with `exit_code`."""
 
     exit_code: int = 0
+    asked_at: float = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.exit_code:  # asked twice: the user will not wait for the save
+        # Asked twice, the user will not wait for the save; within a second it is one request that came by two ways.
+        if self.exit_code and time.monotonic() - self.asked_at > 1:
             raise SystemExit(self.exit_code)
-        self.exit_code = 128 + number
+        if not self.exit_code:
+            self.exit_code, self.asked_at = 128 + number, time.monotonic()
 
 
 @dataclass(slots=True, kw_only=True)

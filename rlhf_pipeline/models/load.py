@@ -33,12 +33,13 @@ def load_policy(
     if model.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     policy = TreeModel(inner)
-    policy.use_attention(_attention(model.attention, policy, device))
+    policy.use_attention(_attention(model, policy, device))
     return policy
 
 
-def _attention(asked: Attention, policy: TreeModel, device: torch.device) -> Attention:
+def _attention(model: ModelConfig, policy: TreeModel, device: torch.device) -> Attention:
     """The form of attention to run in; `auto` takes the fastest that the model's layers allow."""
+    asked = model.attention
     family = policy.inner.config.model_type
     plain = policy.kinds == [FULL] and policy.inner.config._attn_implementation == "sdpa"
     flexible = bool(policy.inner._supports_flex_attn)
@@ -49,7 +50,8 @@ def _attention(asked: Attention, policy: TreeModel, device: torch.device) -> Att
     if asked is not Attention.auto:
         return asked
     if device.type == "cuda":
-        return Attention.block if flexible else Attention.dense
+        # transformers' flex attention knows no dropout.
+        return Attention.block if flexible and not model.dropout else Attention.dense
     return Attention.paths if plain else Attention.dense
 
 

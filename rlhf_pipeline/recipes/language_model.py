@@ -72,7 +72,7 @@ def train(
     # The loop
     with _tracker(config, run) as tracker, runtime.stopping_on_signals(process.stop):
         tracker.info(_summary(run, num_steps, policy, data, heldout))
-        state_meta = _restore(config, run, engine, data, process.threads, tracker)
+        state_meta = _restore(config, run, engine, data, parents, process.threads, tracker)
 
         def evaluate(step: int) -> dict[str, float]:
             loss = held_out.loss(engine)
@@ -167,12 +167,18 @@ def _tracker(config: StageConfig, run: Run) -> Tracker:
 
 
 def _restore(
-    config: StageConfig, run: Run, engine: Engine, data: Mapping[str, TreeDataset], threads: int, tracker: Tracker
+    config: StageConfig,
+    run: Run,
+    engine: Engine,
+    data: Mapping[str, TreeDataset],
+    parents: Mapping[str, Parent],
+    threads: int,
+    tracker: Tracker,
 ) -> dict[str, Any]:
     """Load the run's state, if there is one. Returns what later states are to say about themselves.
 
     Raises:
-        UserError: when the data are not those that the run began with.
+        UserError: when the data, or the artifact it started from, are not those that the run began with.
     """
     for warning in run.warnings:
         tracker.warn(warning)
@@ -180,14 +186,17 @@ def _restore(
         "threads": threads,
         "dtype": config.model.dtype.value,
         "data": {name: one.fingerprint for name, one in data.items()},
+        "parents": {name: one.content_hash for name, one in parents.items()},
         "torch": torch.__version__,
     }
     if run.state is not None:
         before = run.state.meta
-        if before["data"] != meta["data"]:
-            raise UserError(
-                f"{run.folder}: the data have changed since the run began; put them back, or choose another name=..."
-            )
+        for what, called in (("data", "data"), ("parents", f"contents of model.path={config.model.path}")):
+            if before[what] != meta[what]:
+                raise UserError(
+                    f"{run.folder}: the {called} have changed since the run began; put them back, choose another "
+                    f"name=..., or remove {run.folder} to begin again"
+                )
         now = {**meta, "num_processes": runtime.world_size(), "zero_stage": engine.zero_stage}
         changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before[key] != value]
         if changed:

@@ -37,7 +37,9 @@ def rlhf(tmp_path: Path) -> Callable[..., Finished]:
     def run(*arguments: str, **variables: Any) -> Finished:
         environment = {**os.environ, "PYTHONPATH": root, "COLUMNS": "200", **variables}
         line = [sys.executable, "-X", "importtime", "-m", "rlhf_pipeline", *arguments]
-        return Finished(subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300))
+        return Finished(
+            subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        )
 
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -21,6 +22,7 @@ OPERATIONAL_FIELDS = {
 }  # fmt: skip
 
 
+@functools.cache
 def sft(*overrides: str) -> Any:
     return config.load("sft", [*GIVEN, *overrides])
 

@@ -10,6 +10,7 @@ import pytest
 from rlhf_pipeline import config
 from rlhf_pipeline.config.compose import compose_node, to_object
 
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 SHAPES = [path for path in sorted((config.config_dir() / "model").glob("*.yaml")) if "\nshape:" in path.read_text()]
 
 
@@ -21,7 +22,7 @@ def test_parameters(path: Path) -> None:
     from rlhf_pipeline.models.load import shape_config
 
     claimed = re.findall(r"^#.*?(\d{1,3}(?:,\d{3}){2,}) parameters", path.read_text(), re.MULTILINE)
-    assert len(claimed) == 1
+    assert len(claimed) == 1 and f"| {claimed[0]} |" in RECIPES.read_text(), "the comment and docs/recipes.md agree"
     node, _ = compose_node("pretrain", [f"model={path.stem}", "data.train=x"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape_config(to_object(node).model.shape))

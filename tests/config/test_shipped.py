@@ -57,8 +57,7 @@ def test_group_option_is_accepted_by_a_stage(path: Path) -> None:
     group = path.relative_to(CONF).parent.as_posix()
     stages = stages_with(group)
     assert stages, f"no primary config chooses from conf/{group}"
-    complaints = {stage: problems(stage, f"{group}={path.stem}") for stage in stages}
-    assert [] in complaints.values(), complaints
+    assert any(problems(stage, f"{group}={path.stem}") == [] for stage in stages)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

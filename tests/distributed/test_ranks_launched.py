@@ -122,6 +122,7 @@ def test_signals_and_killed_ranks(folder: Path, base: Path, undisturbed: Path, s
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(folder: Path, base: Path, undisturbed: Path) -> None:
     """A run of another identity: found by the ranks, not by the launcher's own check."""
     job = launched(folder, 2, *SFT, f"model.path={base}", "name=undisturbed", "optim.lr=2e-3").wait(2)

@@ -19,6 +19,7 @@ from helpers_runs import (
     dialogues,
     files_below,
     relative_difference,
+    series,
     texts,
     weights,
     write_jsonl,
@@ -251,6 +252,34 @@ def test_zero_3_writes_whole_tensors(folder: Path, pretrained: Path, tuned: Path
     assert relative_difference(other, one) < 1e-6
     for name in FILES - {"artifact.json", "model.safetensors"}:
         assert (three / "artifact" / name).read_bytes() == (tuned / "artifact" / name).read_bytes(), name
+
+
+def test_a_parent_that_was_made_anew(folder: Path, pretrained: Path, tuned: Path, rlhf: Forks) -> None:
+    """A run that goes on, or is called finished, on another base than it began with would tell an untruth."""
+    before = (tuned / "artifact/artifact.json").read_bytes()
+    kept = pretrained.with_name("kept")
+    shutil.copytree(pretrained / "artifact", kept)
+    try:
+        artifact.link(pretrained / "artifacts/epoch_1", pretrained / "artifact")
+        job = rlhf.run(folder, *SFT, "name=a", code=2)
+        assert "model.path=runs/a/pretrain/artifact have changed" in job.output and "Traceback" not in job.output
+        assert (tuned / "artifact/artifact.json").read_bytes() == before
+    finally:
+        artifact.link(kept, pretrained / "artifact")
+    rlhf.run(folder, *SFT, "name=a")
+
+
+def test_pretraining_goes_on_from_an_artifact(folder: Path, pretrained: Path, rlhf: Forks) -> None:
+    """On other text, with the tokenizer and the template of the artifact."""
+    write_jsonl(folder / "more.jsonl", texts(40, seed=8))
+    more = ["model.path=runs/a/pretrain/artifact", "model.shape=null", "data.train=more.jsonl", "name=more"]
+    overrides = [one for one in PRETRAIN if not one.startswith(("model.shape.", "data.train="))]
+    rlhf.run(folder, *overrides, *more)
+    child = folder / "runs/more/pretrain/artifact"
+    assert manifest(child)["parents"]["model"]["content_hash"] == manifest(pretrained / "artifact")["content_hash"]
+    assert manifest(child)["tokenizer_hash"] == manifest(pretrained / "artifact")["tokenizer_hash"]
+    first = series(folder / "runs/more/pretrain", "train/loss")[0]
+    assert first < series(pretrained, "train/loss")[0] - 0.5, "it does not begin from scratch"
 
 
 # Refusals

@@ -11,6 +11,7 @@ import pytest
 from helpers_runs import (
     TINY_RUN,
     Forks,
+    assert_same_end,
     dialogues,
     make_base,
     metrics,
@@ -108,9 +109,14 @@ def test_hh_strings_are_the_last_answers_only(folder: Path, base: Path, messages
     assert metrics(same) == metrics(run)
 
 
-def test_alpaca_from_gpt2(folder: Path, rlhf: Forks, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def gpt2(folder: Path) -> Path:
+    return make_base(folder / "gpt2", architecture="gpt2")
+
+
+def test_alpaca_from_gpt2(folder: Path, gpt2: Path, rlhf: Forks) -> None:
     """Another format and another family, whose attention and head are different."""
-    run = sft(rlhf, folder, make_base(tmp_path / "gpt2", architecture="gpt2"), "alpaca", "alpaca.json")
+    run = sft(rlhf, folder, gpt2, "alpaca", "alpaca.json")
     losses = series(run, "train/loss")
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.3
     assert manifest(run)["data"]["demonstrations"]["counts"]["kept"] == 40
@@ -151,3 +157,17 @@ def test_bf16(folder: Path, base: Path, messages: Path, rlhf: Forks) -> None:
     assert json.loads((run / "artifact/config.json").read_text())["dtype"] == "bfloat16"
     for loss, exact in zip(series(run, "train/loss"), series(messages, "train/loss"), strict=True):
         assert loss == pytest.approx(exact, rel=0.03)
+
+
+def test_dropout_is_the_same_after_a_pause(folder: Path, gpt2: Path, rlhf: Forks) -> None:
+    """It is drawn from the step. Training has it, evaluation has not."""
+    dropout = ["model.dropout=0.1", "checkpoint.every=3"]
+    whole = sft(rlhf, folder, gpt2, "dropout", "messages.jsonl", *dropout)
+    sft(rlhf, folder, gpt2, "dropout_paused", "messages.jsonl", *dropout, "train.stop_after=5")
+    paused = sft(rlhf, folder, gpt2, "dropout_paused", "messages.jsonl", *dropout)
+    assert_same_end(paused, whole)
+    without = sft(rlhf, folder, gpt2, "no_dropout", "messages.jsonl", "train.max_steps=1")
+    assert series(whole, "eval/loss")[0] == series(without, "eval/loss")[0]
+    assert series(whole, "train/loss")[0] != series(without, "train/loss")[0]
+    config = json.loads((whole / "artifact/config.json").read_text())
+    assert (config["attn_pdrop"], config["embd_pdrop"], config["resid_pdrop"]) == (0.1, 0.1, 0.1)
