@@ -67,6 +67,9 @@ def start(config: RuntimeConfig) -> Runtime:
         torch.cuda.set_device(local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # oneDNN keeps a compiled kernel for each shape it has seen, 1,024 of them. Packed trees have ever new shapes:
+        # 128 kernels are as fast and took 0.3 GB less (docs/benchmarks.md).
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         # Denormals slow CPU arithmetic by orders of magnitude and carry nothing that a model needs.
         torch.set_flush_denormal(True)
     threads = pin_threads(config.threads)
