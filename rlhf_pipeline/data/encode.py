@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 
 from rlhf_pipeline.data.prompts import Renderer, Segment
-from rlhf_pipeline.data.records import Demonstration, Message, Ranking, Record, Text
+from rlhf_pipeline.data.records import Demonstration, Feedback, Message, Prompt, Ranking, Record, Text
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 
 LongPrompt = Literal["drop", "keep_end", "keep_start", "error"]
 LongResponse = Literal["cut", "drop", "error"]
 Loss = Literal["responses", "all"]
-Outcome = Literal["kept", "dropped_long_prompt", "dropped_long_response", "dropped_no_target"]
+Outcome = Literal["kept", "dropped_long_prompt", "dropped_long_response", "dropped_no_target", "dropped_by_template"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ class Counts:
     dropped_long_prompt: int
     dropped_long_response: int
     dropped_no_target: int
+    dropped_by_template: int = 0  # see templates.Templates.records
     prompt_truncated: int  # rows
     response_truncated: int  # responses
     trees: int
@@ -66,12 +67,18 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A rendered record. Without a prompt, the first token of the (only) response serves as the prompt."""
+    """A rendered record. Without a prompt, the first token of the (only) response serves as the prompt.
+
+    `ranks` and `scores` are those of `Tree`; without `ranks` all are 0, without `scores` there are none.
+    """
 
     prompt: list[Segment]
     responses: list[list[Segment]]
     group: int  # equal for equal prompts, whatever the template
     document: tuple[int, int] | None = None  # of a document: its start and end token
+    ranks: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    is_prompt: bool = False  # waits for an answer: no response is meant to be there
 
     @property
     def segments(self) -> list[Segment]:
@@ -107,19 +114,29 @@ def draft(record: Record, renderer: Renderer, *, loss: Loss) -> Draft:
             start = next((i for i, segment in enumerate(segments) if segment.scored), len(segments))
             response = segments[start:]
             return Draft(prompt=segments[:start], responses=[response] if response else [], group=group)
-        case Ranking(prompt, responses):
+        case Ranking(prompt, responses, ranks, scores):
             context, answers = renderer.branches(prompt, responses)
-            return Draft(prompt=context, responses=answers, group=_group(prompt))
+            return Draft(prompt=context, responses=answers, group=_group(prompt), ranks=ranks, scores=scores)
+        case Feedback(prompt, response, desirable):
+            context, answers = renderer.branches(prompt, (response,))
+            return Draft(prompt=context, responses=answers, group=_group(prompt), ranks=(0 if desirable else 1,))
+        case Prompt(messages):
+            context, _ = renderer.branches(messages, ())
+            return Draft(prompt=context, responses=[], group=_group(messages), is_prompt=True)
 
 
 def fit(
     draft: Draft, tokens: Sequence[np.ndarray], lengths: Lengths, *, bos_id: int | None, first_index: int = 0
 ) -> Encoded:
-    """The trees of a draft, given the tokens of its segments. UserError where the policy says "error"."""
+    """The trees of a draft, given the tokens of its segments. UserError where the policy says "error".
+
+    A ranking is kept with all of its responses or dropped. A prompt that waits for an answer becomes a tree without
+    responses.
+    """
     supply = iter(zip(draft.segments, tokens, strict=True))
     prompt = _join(list(islice(supply, len(draft.prompt))))[0]
     responses = [_join(list(islice(supply, len(segments)))) for segments in draft.responses]
-    if not responses:
+    if not responses and not draft.is_prompt:
         return Encoded(outcome="dropped_no_target")
     if draft.document is not None:
         return Encoded(outcome="kept", trees=_chunks(responses[0][0], draft.document, lengths.max_length, first_index))
@@ -146,6 +163,8 @@ def fit(
         responses=tuple(ids[:room] for ids, _ in responses),
         scored=tuple(scored[:room] for _, scored in responses),
         index=first_index,
+        ranks=np.asarray(draft.ranks or [0] * len(responses), np.int32),
+        scores=np.asarray(draft.scores or [np.nan] * len(responses), np.float32),
     )
     if not all(scored.any() for scored in tree.scored):
         return Encoded(outcome="dropped_no_target")

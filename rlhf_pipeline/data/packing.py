@@ -124,6 +124,7 @@ def pack(
     for r, row in enumerate(rows):
         start = 0
         for t, tree in enumerate(row):
+            assert tree.responses, "a prompt alone is sampled from, not packed"
             length = len(tree.prompt)
             tree_of[r, start : start + len(tree)] = t
             tokens[r, start : start + length] = tree.prompt

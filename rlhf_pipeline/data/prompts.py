@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Set around control tokens that somebody's text spells, while the text goes through the template.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
-_ANCHOR = "\n"  # see Renderer.tokenize
+_ANCHORS = ("\n", "a")  # see Renderer.tokenize
 _ADVICE = "Set tokenizer.template to dialogue, to chatml, or to a file."
 
 Span = tuple[int, int]
@@ -86,15 +86,19 @@ class Renderer:
         self._template = template
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._has_blocks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
-        control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        control |= set(tokenizer.all_special_tokens)
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        control = {token.content for token in special} | set(tokenizer.all_special_tokens)
+        # Some tokenizers look for special tokens in normalised text: there, other characters can come to spell one.
+        normalizes = tokenizer.backend_tokenizer.normalizer is not None
+        self._has_other_spellings = normalizes and any(token.normalized for token in special)
         self._control = re.compile(_any_of(control))
         self._marked = re.compile(f"{_OPEN}({self._control.pattern}){_CLOSE}")
         self._control_ids = {self._id(token) for token in control}
-        self._anchor_ids = self._ids([_ANCHOR], plain=False)[0]
-        alone, anchored = self._ids(["a", _ANCHOR + "a"], plain=False)
-        self._anchored = alone != anchored[len(self._anchor_ids) :]
+        self._anchor_ids = self._ids(list(_ANCHORS), plain=False)
+        alone, anchored = self._ids(["a", _ANCHORS[0] + "a"], plain=False)
+        self._anchored = alone != anchored[len(self._anchor_ids[0]) :]
         self._end = self._probe_end()
+        self._ending = re.compile(f"(?<!{_OPEN}){re.escape(self._end)}")  # the template's own, not a message's
         self.end_ids = tuple(dict.fromkeys((self._id(self._end), self.eos_id)))
         self._probe_start()
 
@@ -136,16 +140,15 @@ class Renderer:
 
     def document(self, text: str) -> Segment:
         """A document as one segment, without its start and end tokens."""
+        self._check_spellings(text)
         spells_control = self._control.search(text) is not None
-        if spells_control:
-            self._check_spellings(text)
         return Segment(text=text, scored=True, first=True, plain=((0, len(text)),) if spells_control else ())
 
     def tokenize(self, segments: Sequence[Segment]) -> list[np.ndarray]:
         """Tokens int32 of each segment; many at once are fast.
 
         Some tokenizers put a space before whatever they are given. Where a segment goes on from another one,
-        that is prevented by tokenising it after a line break, whose tokens are then taken away.
+        that is prevented by tokenising it after a line break or a letter, whose tokens are then taken away.
         """
         pieces = [
             (s, text, plain, begins) for s, segment in enumerate(segments) for text, plain, begins in _pieces(segment)
@@ -180,28 +183,33 @@ class Renderer:
     def _ids_in_place(self, texts: list[str], begins: list[bool], *, plain: bool) -> list[list[int]]:
         if not self._anchored:
             return self._ids(texts, plain=plain)
-        given = [text if first else _ANCHOR + text for text, first in zip(texts, begins, strict=True)]
-        ids = self._ids(given, plain=plain)
-        for i, (text, first) in enumerate(zip(texts, begins, strict=True)):
-            if not first and ids[i][: len(self._anchor_ids)] == self._anchor_ids:
-                ids[i] = ids[i][len(self._anchor_ids) :]
-            elif not first:  # the break became one token with what follows it
-                ids[i] = self._ids([text], plain=plain)[0]
+        ids = self._ids(texts, plain=plain)
+        waiting = [i for i, first in enumerate(begins) if not first]
+        for anchor, anchor_ids in zip(_ANCHORS, self._anchor_ids, strict=True):
+            found = self._ids([anchor + texts[i] for i in waiting], plain=plain)
+            for i, given in zip(waiting, found, strict=True):
+                if given[: len(anchor_ids)] == anchor_ids:
+                    ids[i] = given[len(anchor_ids) :]
+            # Where the anchor became one token with what follows it, the next one is tried.
+            waiting = [i for i, given in zip(waiting, found, strict=True) if given[: len(anchor_ids)] != anchor_ids]
         return ids
 
     def _check_spellings(self, text: str) -> None:
-        """BadRow if the text spells a control token that this tokenizer cannot write in any other way."""
+        """BadRow if the text spells a control token that cannot be written as, or be told from, plain text."""
         for spelling in set(self._control.findall(text)):
             if self._control_ids.intersection(self._ids([spelling], plain=True)[0]):
                 raise BadRow("the text holds a control token that cannot be written as plain text", spelling)
+        if self._has_other_spellings:
+            for ids in self._ids(self._control.split(text), plain=False):
+                if found := self._control_ids.intersection(ids):
+                    token = str(self.tokenizer.backend_tokenizer.id_to_token(min(found)))
+                    raise BadRow("the tokenizer's normalisation makes a control token of the text", token)
 
     # Messages to text
 
     def _mark(self, content: str) -> str:
         if _OPEN in content or _CLOSE in content:
             raise BadRow("the text holds U+F0000 or U+F0001, which serve as marks here")
-        if self._control.search(content) is None:
-            return content
         self._check_spellings(content)
         return self._control.sub(f"{_OPEN}\\g<0>{_CLOSE}", content)
 
@@ -250,22 +258,15 @@ class Renderer:
         """Segments of a prompt, cut at the assistant's turns; those that `scored_by` scores are scored."""
         scored = {i for i, m in enumerate(scored_by) if m.role == "assistant" and m.scored}
         turns = self._turns(chat, text, blocks)
-        if turns is None:
-            if scored:
-                raise UserError(
-                    "the chat template rewrites the assistant's earlier turns (as those that strip reasoning "
-                    "do), so they cannot be trained on. Score the last turn only (weight: 0 on the earlier "
-                    "ones), or use a template that marks the turns with {% generation %} blocks. " + _ADVICE
-                )
-            turns = {}
+        self._check_found(chat, scored - turns.keys())
         segments, at = [], 0
         for i, (start, end) in turns.items():
-            close = text.rfind(self._end, start, end + len(self._end))
+            close = self._close(text, start, end + len(self._end))
             if i in scored:
                 if close < 0:
                     raise BadRow("the chat template ends a turn without its end token")
                 _check_kept(chat[i]["content"], text[start:end])
-            end = end if close < 0 else close + len(self._end)
+            end = end if close < 0 else close
             segments += [(text[at:start], False), (text[start:end], i in scored)]
             at = end
         segments.append((text[at:], False))
@@ -275,13 +276,11 @@ class Renderer:
             if part
         ]
 
-    def _turns(self, chat: Chat, text: str, blocks: list[Span]) -> dict[int, Span] | None:
-        """Where the assistant's turns lie in a prompt's text, by message; None if the template hides it."""
+    def _turns(self, chat: Chat, text: str, blocks: list[Span]) -> dict[int, Span]:
+        """Where the assistant's turns lie in a prompt's text, by message; without those that the template hides."""
         answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-        if not answers:
-            return {}
         if self._has_blocks:
-            return dict(zip(answers, blocks, strict=True)) if len(blocks) == len(answers) else None
+            return dict(zip(answers, blocks, strict=True)) if len(blocks) == len(answers) else {}
         turns = {}
         for i in answers:
             try:
@@ -290,11 +289,30 @@ class Renderer:
                     self._render(chat[: i + 1], prompt=False)[0],
                 )
             except BadRow:  # it renders no part of a conversation
-                return None
-            if not (text.startswith(through) and through.startswith(before)):
-                return None
-            turns[i] = (len(before), len(through))
+                continue
+            # After the last turn some templates write what ends the whole conversation (Phi-3 does).
+            close = self._close(through, len(before), len(through))
+            through = through if close < 0 else through[:close]
+            if text.startswith(through) and through.startswith(before):
+                turns[i] = (len(before), len(through))
         return turns
+
+    def _close(self, text: str, start: int, stop: int) -> int:
+        """Where the first end token of the template's own ends that lies between; -1 if none does."""
+        found = self._ending.search(text, start, stop)
+        return found.end() if found else -1
+
+    def _check_found(self, chat: Chat, lost: set[int]) -> None:
+        """Raises if turns that are to be scored were not found in the text."""
+        asked = next((i for i, message in enumerate(chat) if message["role"] == "user"), len(chat))
+        if any(i > asked for i in lost):
+            raise UserError(
+                "the chat template rewrites the assistant's earlier turns (as those that strip reasoning "
+                "do), so they cannot be trained on. Score the last turn only (weight: 0 on the earlier "
+                "ones), or use a template that marks the turns with {% generation %} blocks. " + _ADVICE
+            )
+        if lost:  # nothing to sample from would render as what stands before it
+            raise BadRow("the chat template has no prompt for an answer before the first question; give it weight 0")
 
     def _response(self, chat: Chat, prompt: str, message: Message) -> list[Segment]:
         """The last turn, up to and with its end token: what sampling would have had to produce."""
@@ -305,12 +323,12 @@ class Renderer:
                 "the chat template renders a prompt that is to be answered in another way than the same "
                 f"prompt with its answer, so training and sampling would differ. {_ADVICE}"
             )
-        close = text.rfind(self._end, len(prompt))
+        start = max(len(prompt), blocks[-1][0]) if blocks else len(prompt)
+        close = self._close(text, start, len(text))
         if close < 0:
             raise BadRow("the chat template ends a turn without its end token")
         _check_kept(answer["content"], text[len(prompt) : close])
-        start = max(len(prompt), blocks[-1][0]) if blocks else len(prompt)
-        parts = [(text[len(prompt) : start], False), (text[start : close + len(self._end)], message.scored)]
+        parts = [(text[len(prompt) : start], False), (text[start:close], message.scored)]
         return [self._segment(part, scored=scored) for part, scored in parts if part]
 
     # Checks of the template, once
@@ -337,6 +355,11 @@ class Renderer:
             tokens, _ = self.encode([*probe[:3], Message("assistant", "third probe")])
         except BadRow as error:
             raise UserError(f"the chat template is unfit: {error}. {_ADVICE}") from error
+        if tokens[-1] != self.end_ids[0]:
+            raise UserError(
+                f"the tokenizer does not read {self._end} in a text as the token it is, so a model could not learn to "
+                "stop. Save the tokenizer anew with that token's `normalized` false"
+            )
         bos = self.tokenizer.bos_token_id
         ends_turns = bos in self.end_ids  # one token for both, as GPT-2 has it
         if bos is not None and (tokens[0] == tokens[1] == bos if ends_turns else (tokens == bos).sum() > 1):

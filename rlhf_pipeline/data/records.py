@@ -17,6 +17,8 @@ class BadRow(Exception):
     """An unusable row. `reason` names the kind of fault (rows are counted by it), `detail` this one."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # Details quote the row, which may hold anything: lone surrogates, or more than anybody will read.
+        detail = (detail if len(detail) <= 300 else f"{detail[:300]}...").encode(errors="backslashreplace").decode()
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
 
@@ -124,4 +126,4 @@ class Prompt:
             raise BadRow("the prompt ends with the assistant's message")
 
 
-Record = Text | Demonstration | Ranking
+Record = Text | Demonstration | Ranking | Feedback | Prompt

@@ -34,6 +34,9 @@ SPLITS = ("train", "validation", "valid", "dev", "eval", "test")
 
 _LOCAL_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_BLANK = re.compile(r"[ \t\n\r]*")
+_PIECE = 2**20  # bytes of a JSON array that are read at a time
+_NEXT = {"": "[", "[": "]", ",": "", "v": ",]", "]": ""}  # what may follow in an array, besides elements
 _MAX_FIELD = 2**31 - 1  # characters of one CSV field; the csv module's own 131,072 is too few for documents
 
 
@@ -65,11 +68,26 @@ def fingerprint(path: str | Sequence[str], split: str = "train") -> str:
     digest = hashlib.sha256()
     for source in _sources(path, split):
         if isinstance(source, Path):
-            with source.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            status = source.stat()
+            digest.update(_digest(source.absolute(), status.st_size, status.st_mtime_ns))
         else:
             digest.update(f"{source} {_hub(source, split)._fingerprint}".encode())
     return digest.hexdigest()
+
+
+def is_on_hub(path: str, split: str = "train") -> bool:
+    """Whether `path` is a hub id. UserError if it is nothing that can be read."""
+    return any(isinstance(source, str) for source in _sources(path, split))
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, changed: int) -> bytes:
+    """Of a file's content; a file that has the size and the time of before is not read again by this process."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 # Finding files
@@ -79,12 +97,17 @@ def _sources(path: str | Sequence[str], split: str) -> list[Path | str]:
     """Local files as Path, hub ids as str."""
     if not isinstance(path, str):
         return [source for one in path for source in _sources(one, split)]
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return list(_folder(local, split))
-    if local.exists():
-        _suffix(local)
-        return [local]
+    try:
+        local = Path(path).expanduser()
+        if local.is_dir():
+            return list(_folder(local, split))
+        if local.exists():
+            _suffix(local)
+            if not local.is_file():
+                raise UserError(f"{path}: not a file but a pipe or a device; copy what comes from it into a file")
+            return [local]
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
+        raise UserError(f"{path[:200]}: cannot be looked for: {error}") from error
     if glob.has_magic(path):
         found = sorted(Path(match) for match in glob.glob(str(local), recursive=True))
         files = [match for match in found if match.is_file() and _suffix(match)]
@@ -159,8 +182,8 @@ def _read_file(path: Path) -> Iterator[Row]:
     if suffix == ".parquet":
         yield from _parquet(path)
         return
-    with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-        try:
+    try:
+        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             if suffix == ".txt":
                 yield from _documents(path, file)
             elif suffix in (".csv", ".tsv"):
@@ -169,8 +192,10 @@ def _read_file(path: Path) -> Iterator[Row]:
                 yield from _array(path, file)
             else:
                 yield from _lines(path, file)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: the gzip file is damaged ({error}); copy it again") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip file is damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _decode(data: bytes) -> str:
@@ -208,12 +233,52 @@ def _is_array(file: BinaryIO) -> bool:
 
 
 def _array(path: Path, file: BinaryIO) -> Iterator[Row]:
+    number = 0
     try:
-        values = json.loads(file.read().decode("utf-8-sig"))
+        for number, value in enumerate(_elements(file), start=1):
+            yield Row(f"{path}:row {number}", _object(value))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{path}: not a JSON array: {error}") from error
-    for number, value in enumerate(values, start=1):
-        yield Row(f"{path}:row {number}", _object(value))
+        raise UserError(f"{path}: not a JSON array: after row {number}: {error}") from error
+
+
+def _elements(file: BinaryIO) -> Iterator[Any]:
+    """The elements of a JSON array, read piece by piece: parsed at once, they take ten times the file in memory.
+
+    ValueError where it is no array.
+    """
+    parser, decoder = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, size = "", 0, _PIECE
+    before = ""  # what was read last: "" nothing, then one of [ , ] or v for a value
+    piece = b"-"
+    while piece:
+        piece = file.read(size)
+        text, at = text[at:] + decoder.decode(piece, final=not piece), 0
+        while (at := _skip(text, at)) < len(text):
+            if text[at] in _NEXT[before]:
+                before, at = text[at], at + 1
+                continue
+            if before not in ("[", ","):
+                raise ValueError(f"{text[at]!r} where {' or '.join(_NEXT[before]) or 'nothing'} should be")
+            try:
+                value, end = parser.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                if not piece:
+                    raise ValueError(error.msg) from None
+                size *= 2  # an element longer than what has been read, or a mistake
+                break
+            if piece and text[(after := _skip(text, end)) : after + 1] not in (",", "]"):
+                break  # a number may go on in the next piece
+            yield value
+            before, at = "v", end
+    if before != "]":
+        raise ValueError("the file ends within it")
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place that is not blank."""
+    found = _BLANK.match(text, at)
+    assert found is not None
+    return found.end()
 
 
 def _table(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
@@ -223,10 +288,14 @@ def _table(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
         (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).decode(errors="surrogateescape")
         for number, line in enumerate(file)
     )
-    reader = csv.reader(text, delimiter=delimiter)
-    header = next(reader, None)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)  # strict: a quote that nothing closes is an error
+    try:
+        header = next((cells for cells in reader if any(cell.strip() for cell in cells)), None)
+    except csv.Error as error:
+        raise UserError(f"{path}: the header line is not CSV: {error}") from error
     if header is None:
         return
+    _check_header(path, header)
     while True:
         origin = f"{path}:{reader.line_num + 1}"
         value: dict[str, Any] | BadRow
@@ -248,16 +317,26 @@ def _table(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
         yield Row(origin, value)
 
 
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    if any("\udc80" <= char <= "\udcff" or char == "\0" for name in names for char in name):
+        raise UserError(f"{path}: the column names are not UTF-8; save the file as UTF-8")
+    if not all(name.strip() for name in names):
+        raise UserError(f"{path}: a column has no name; give it one or take it out")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"{path}: a column named {twice[0]!r} is there more than once; rename one or take it out")
+
+
 def _documents(path: Path, file: BinaryIO) -> Iterator[Row]:
     """A .txt file is one document, or several that are ended by lines holding only `<|endoftext|>`."""
     start = 1
     lines: list[bytes] = []
     for number, line in enumerate(file, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip() == DOCUMENT_END:
             yield from _document(path, start, lines)
             start, lines = number + 1, []
         else:
-            lines.append(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            lines.append(line)
     if start == 1 or b"".join(lines).strip():  # nothing after the last separator is no document
         yield from _document(path, start, lines)
 
@@ -276,9 +355,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_header(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}:row {number}", value)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, years too large
         raise UserError(f"{path}: not a readable Parquet file after row {number}: {error}") from error

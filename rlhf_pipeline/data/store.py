@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from rlhf_pipeline.data.encode import Counts
+from rlhf_pipeline.data.order import Part
 from rlhf_pipeline.data.tree import Tree
 
 _SCHEMA = pa.schema(
@@ -24,6 +26,8 @@ _SCHEMA = pa.schema(
         "prompt": pa.list_(pa.int32()),
         "responses": pa.list_(pa.list_(pa.int32())),
         "scored": pa.list_(pa.list_(pa.bool_())),
+        "ranks": pa.list_(pa.int32()),
+        "scores": pa.list_(pa.float32()),
         "targets": pa.int32(),
         "group": pa.int64(),
         "origin": pa.string(),
@@ -42,15 +46,26 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
+class Share:
+    """A source within a data set, and what became of its rows."""
+
+    name: str
+    weight: float  # how often its examples are seen in an epoch
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
     """One record batch as arrays over the memory map; `*_at` are offsets, one more than there are items."""
 
     prompt_at: np.ndarray  # int32, tree -> prompt
     prompt: np.ndarray  # int32
-    tree_at: np.ndarray  # int32, tree -> response
+    tree_at: np.ndarray  # int32, tree -> response, rank and score
     response_at: np.ndarray  # int32, response -> responses and scored
     responses: np.ndarray  # int32
     scored: np.ndarray  # uint8, 8 tokens a byte, lowest bit first
+    ranks: np.ndarray  # int32
+    scores: np.ndarray  # float32
     targets: np.ndarray  # int32
     group: np.ndarray  # int64
     origin: pa.StringArray
@@ -69,6 +84,8 @@ class _Block:
         digest.update(self.response_at)
         digest.update(self.responses)
         digest.update(self.scored)
+        digest.update(self.ranks)
+        digest.update(self.scores)
         digest.update(self.targets)
         digest.update(self.group)
 
@@ -79,30 +96,35 @@ class TreeDataset:
     `lengths` and `targets` are int64 [trees]: tokens of each tree and scored tokens among them; `groups`
     int64 [trees] is equal for equal prompts. `fingerprint` is a hash of the content. `counts` and `bad_rows`
     (the first few, with their reasons) tell what became of the rows of the source and are the same in a
-    selection.
+    selection. A data set of several sources (`concatenate`) has their `shares`; `sources`, int64 [trees], says which
+    of them an example is from.
     """
 
     def __init__(
         self,
-        blocks: Sequence[_Block],
+        blocks: Sequence[Block],
         rows: np.ndarray,
         *,
         counts: Counts,
         bad_rows: list[str],
         fingerprint: str,
+        shares: tuple[Share, ...] = (),
+        sources: np.ndarray | None = None,
     ) -> None:
         self.counts = counts
         self.bad_rows = bad_rows
         self.fingerprint = fingerprint
+        self.shares = shares
+        self.sources = np.zeros(len(rows), np.int64) if sources is None else sources
         self.lengths = np.concatenate([block.lengths() for block in blocks]).astype(np.int64)[rows]
         self.targets = np.concatenate([block.targets for block in blocks]).astype(np.int64)[rows]
         self.groups = np.concatenate([block.group for block in blocks])[rows]
-        self._blocks = blocks
-        self._rows = rows
+        self.blocks = blocks
+        self.rows = rows
         self._starts = np.cumsum([0, *map(len, blocks[:-1])]).tolist()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Tree:
         block, row = self._place(index)
@@ -117,6 +139,8 @@ class TreeDataset:
             responses=tuple(block.responses[a:b] for a, b in spans),
             scored=tuple(scored[a - low : b - low] for a, b in spans),
             index=int(index),
+            ranks=block.ranks[first:end],
+            scores=block.scores[first:end],
         )
 
     def origin(self, index: int) -> str:
@@ -126,24 +150,58 @@ class TreeDataset:
 
     def select(self, indices: np.ndarray) -> TreeDataset:
         """The examples `indices`, numbered anew from 0."""
-        rows = self._rows[indices]
+        rows = self.rows[indices]
         digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes())
         return TreeDataset(
-            self._blocks, rows, counts=self.counts, bad_rows=self.bad_rows, fingerprint=digest.hexdigest()
+            self.blocks,
+            rows,
+            counts=self.counts,
+            bad_rows=self.bad_rows,
+            fingerprint=digest.hexdigest(),
+            shares=self.shares,
+            sources=self.sources[indices],
         )
 
-    def _place(self, index: int) -> tuple[_Block, int]:
-        if not 0 <= index < len(self._rows):
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources as `order` wants them. They must still lie one after the other, as they do after a split."""
+        if not self.shares:
+            return (Part(len(self)),)
+        assert (np.diff(self.sources) >= 0).all()
+        sizes = np.bincount(self.sources, minlength=len(self.shares))
+        return tuple(Part(int(size), share.weight) for size, share in zip(sizes, self.shares, strict=True))
+
+    def _place(self, index: int) -> tuple[Block, int]:
+        if not 0 <= index < len(self.rows):
             raise IndexError(index)
-        row = int(self._rows[index])
+        row = int(self.rows[index])
         b = bisect_right(self._starts, row) - 1
-        return self._blocks[b], row - self._starts[b]
+        return self.blocks[b], row - self._starts[b]
+
+
+def concatenate(datasets: Sequence[TreeDataset], shares: Sequence[Share]) -> TreeDataset:
+    """The examples of several data sets, one after the other. One alone keeps its fingerprint."""
+    firsts = np.cumsum([0, *(sum(map(len, one.blocks)) for one in datasets[:-1])])
+    prints = [one.fingerprint for one in datasets]
+    names = [f.name for f in dataclasses.fields(Counts) if f.name != "bad"]
+    bad: Counter[str] = Counter()
+    for one in datasets:
+        bad.update(one.counts.bad)
+    return TreeDataset(
+        [block for one in datasets for block in one.blocks],
+        np.concatenate([one.rows + first for one, first in zip(datasets, firsts, strict=True)]),
+        counts=Counts(bad=dict(bad), **{name: sum(getattr(one.counts, name) for one in datasets) for name in names}),
+        bad_rows=[line for one in datasets for line in one.bad_rows],
+        fingerprint=prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest(),
+        shares=tuple(shares),
+        sources=np.repeat(np.arange(len(datasets)), [len(one) for one in datasets]),
+    )
 
 
 def write(
-    file: Path, parts: Iterable[list[Example]], summarise: Callable[[int, int], tuple[Counts, list[str]]]
+    file: Path, parts: Iterable[pa.RecordBatch], summarise: Callable[[int, int], tuple[Counts, list[str]]]
 ) -> None:
-    """Write all examples, then an empty record batch whose metadata sums them up.
+    """Write all examples, which `to_batch` made, then an empty record batch whose metadata sums them up.
 
     `summarise(tokens, targets)` is called at the end for the counts and the bad rows.
     """
@@ -151,10 +209,7 @@ def write(
     digest = hashlib.sha256()
     with file.open("wb") as sink:
         with pa.ipc.new_file(sink, _SCHEMA) as writer:
-            for examples in parts:
-                if not examples:
-                    continue
-                batch = _batch(examples)
+            for batch in parts:
                 block = _block(batch)
                 block.update(digest)
                 num_tokens += int(block.lengths().sum())
@@ -172,7 +227,8 @@ def write(
         os.fsync(sink.fileno())
 
 
-def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
+def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Some examples, at least one, as they are stored."""
     trees = [example.tree for example in examples]
     responses = [response for tree in trees for response in tree.responses]
     scored = [mask for tree in trees for mask in tree.scored]
@@ -183,14 +239,21 @@ def _batch(examples: Sequence[Example]) -> pa.RecordBatch:
     return pa.record_batch(
         [
             lists(prompt_at, _column(np.concatenate([tree.prompt for tree in trees]))),
-            lists(tree_at, lists(response_at, _column(np.concatenate(responses)))),
-            lists(tree_at, lists(response_at, _column(np.concatenate(scored)))),
+            lists(tree_at, lists(response_at, _column(_joined(responses, np.int32)))),
+            lists(tree_at, lists(response_at, _column(_joined(scored, bool)))),
+            lists(tree_at, _column(_joined([tree.ranks for tree in trees], np.int32))),
+            lists(tree_at, _column(_joined([tree.scores for tree in trees], np.float32))),
             _column(np.asarray([sum(int(mask.sum()) for mask in tree.scored) for tree in trees], np.int32)),
             _column(np.asarray([example.group for example in examples], np.int64)),
             _strings([example.origin for example in examples]),
         ],
         schema=_SCHEMA,
     )
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """The parts one after the other; prompts that wait for an answer have none."""
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Int32Array:
@@ -205,7 +268,7 @@ def _column(values: np.ndarray) -> pa.Array:
 
 
 def _strings(values: Sequence[str]) -> pa.Array:
-    encoded = [value.encode() for value in values]
+    encoded = [value.encode(errors="backslashreplace") for value in values]  # file names may be no UTF-8
     offsets = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(pa.string(), len(values), buffers)
@@ -235,20 +298,22 @@ def open_dataset(file: Path) -> TreeDataset:
     )
 
 
-def _block(batch: pa.RecordBatch) -> _Block:
-    prompt, responses, scored, targets, group, origin = batch.columns
+def _block(batch: pa.RecordBatch) -> Block:
+    prompt, responses, scored, ranks, scores, targets, group, origin = batch.columns
     prompt_at = _view(prompt, 1, np.int32, len(prompt) + 1)
     tree_at = _view(responses, 1, np.int32, len(responses) + 1)
     inner = responses.values
     response_at = _view(inner, 1, np.int32, int(tree_at[-1]) + 1)
     num_tokens = int(response_at[-1])
-    return _Block(
+    return Block(
         prompt_at=prompt_at,
         prompt=_view(prompt.values, 1, np.int32, int(prompt_at[-1])),
         tree_at=tree_at,
         response_at=response_at,
         responses=_view(inner.values, 1, np.int32, num_tokens),
         scored=_view(scored.values.values, 1, np.uint8, (num_tokens + 7) // 8),
+        ranks=_view(ranks.values, 1, np.int32, int(tree_at[-1])),
+        scores=_view(scores.values, 1, np.float32, int(tree_at[-1])),
         targets=_view(targets, 1, np.int32, len(targets)),
         group=_view(group, 1, np.int64, len(group)),
         origin=origin,
@@ -258,4 +323,6 @@ def _block(batch: pa.RecordBatch) -> _Block:
 def _view(array: pa.Array, buffer: int, dtype: type, count: int) -> np.ndarray:
     """An array over one buffer of an Arrow array that has no offset, as those of a file have none."""
     assert array.offset == 0
+    if count == 0:
+        return np.zeros(0, dtype)  # there may be no buffer
     return np.frombuffer(array.buffers()[buffer], dtype, count)

@@ -12,13 +12,25 @@ class Tree:
     """One example, tokenised. SFT has one response, a preference pair two, a ranking of K answers K.
 
     `scored[k][j]` says that token j of response k is a training target. The first token of a response is
-    predicted by the last token of the prompt, so the prompt is never empty.
+    predicted by the last token of the prompt, so the prompt is never empty. A prompt that waits for an answer has
+    no response; it is sampled from, not packed.
+
+    `ranks` is 0 for the best response of a ranking, higher for worse ones, equal for a tie; 0 for a demonstration and
+    a document; of feedback 0 for a wanted answer and 1 for an unwanted. `scores` is NaN where there are none.
     """
 
     prompt: np.ndarray  # int32 [P], P >= 1
     responses: tuple[np.ndarray, ...]  # K x int32 [L_k], L_k >= 1
     scored: tuple[np.ndarray, ...]  # K x bool [L_k]
     index: int  # position in its data set: the example's identity for seeds, caches and error messages
+    ranks: np.ndarray = None  # type: ignore[assignment]  # int32 [K]; left out: all 0
+    scores: np.ndarray = None  # type: ignore[assignment]  # float32 [K]; left out: all NaN
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            object.__setattr__(self, "ranks", np.zeros(len(self.responses), np.int32))
+        if self.scores is None:
+            object.__setattr__(self, "scores", np.full(len(self.responses), np.nan, np.float32))
 
     def __len__(self) -> int:
         """Tokens that the tree occupies in a packed row (the prompt once)."""

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_pipeline.data import dataset as module
 from rlhf_pipeline.data.dataset import Source, build, split_heldout
 from rlhf_pipeline.data.encode import Counts, Lengths, encode
-from rlhf_pipeline.data.formats import FORMATS, Format, to_record
+from rlhf_pipeline.data.formats import to_record
 from rlhf_pipeline.data.prompts import Renderer, load_template
-from rlhf_pipeline.data.records import Message, Ranking
+from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.errors import UserError
 
@@ -86,18 +86,12 @@ def test_round_trip(
             data[wrong]
 
 
-def test_ranking_of_three_in_a_format_of_its_own(
-    renderer: Renderer, write_rows: WriteRows, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranking_of_three_shares_a_prompt_and_keeps_its_order(
+    renderer: Renderer, write_rows: WriteRows, cache: Path
 ) -> None:
-    """A new format is one function and one line; K answers share a prompt."""
-
-    def answers(row: Any) -> Ranking:
-        return Ranking((Message("user", row["question"]),), tuple(row["answers"]), tuple(row["places"]))
-
-    monkeypatch.setitem(FORMATS, "kwise", Format(fields=("question", "answers"), description="", ranking=answers))
     path = write_rows(
-        {"question": "Sky?", "answers": ["Red.", "The sky is blue.", "No"], "places": [2, 0, 1]},
-        {"question": "Grass?", "answers": ["Green.", "Blue."], "places": [0, 1]},
+        {"prompt": "Sky?", "responses": ["Red.", "The sky is blue.", "No"], "ranks": [3, 1, 2]},
+        {"prompt": "Grass?", "responses": ["Green.", "Blue."], "ranks": [1, 2]},
     )
     data = build(Source(path=path, kind="ranking"), renderer, LENGTHS, cache_dir=cache)
     decode = renderer.tokenizer.decode
@@ -108,6 +102,7 @@ def test_ranking_of_three_in_a_format_of_its_own(
     assert [decode(tree.prompt) for tree in data] == [
         f"<|bos|>\n\nHuman: {question}\n\nAssistant:" for question in ("Sky?", "Grass?")
     ]
+    assert [tree.ranks.tolist() for tree in data] == [[2, 0, 1], [0, 1]]
     assert all(scored.all() for tree in data for scored in tree.scored)
     assert data.lengths.tolist() == [len(tree) for tree in data]
 
@@ -165,6 +160,18 @@ def test_skipped_bad_rows_are_counted(renderer: Renderer, write_rows: WriteRows,
         assert data.counts.bad == expected | {"not JSON": 2}
         assert data.bad_rows[0].startswith(f"{path}:2: not JSON") and len(data.bad_rows) == 9
         assert [data.origin(i) for i in range(2)] == [f"{path}:1", f"{path}:11"]
+
+
+def test_what_is_done_with_bad_rows_does_not_change_the_file(
+    renderer: Renderer, write_rows: WriteRows, cache: Path, made: list[str]
+) -> None:
+    """So `rlhf prep`, which counts them, makes the file of a stage that refuses them: the stage then says so at once."""
+    source = demonstrations(write_rows(pair(0), b"{oops", pair(1)))
+    build(replace(source, on_bad_row="skip"), renderer, LENGTHS, cache_dir=cache)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"1 of 3 rows of .*data\.jsonl cannot be used:\n .*:2: not JSON"):
+            build(source, renderer, LENGTHS, cache_dir=cache)
+    assert len(made) == 1 and len(list(cache.iterdir())) == 1
 
 
 def test_every_row_is_accounted_for(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:
@@ -245,7 +252,6 @@ def test_cache_is_used_until_anything_changes(
         "loss": {"loss": "all"},
         "format": {"source": replace(source, format="prompt_response")},
         "rows": {"source": replace(source, max_examples=1)},
-        "bad rows": {"source": replace(source, on_bad_row="skip")},
         "tokenizer": {"renderer": Renderer(make_tokenizer(extra=("<|x|>",)))},
         "template": {"renderer": Renderer(make_tokenizer(load_template("dialogue", CONF) + "\n"))},
     }.items():
@@ -321,6 +327,81 @@ def test_building_at_the_same_time(
     first = build(source, renderer, LENGTHS, cache_dir=cache)
     assert len(made) == 2 and len(list(cache.iterdir())) == 1
     assert len(first) == 200 and contents(second[0]) == contents(first)  # though its file has been replaced
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 1024])
+def test_files_are_the_same_with_any_number_of_processes(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    """Byte for byte, bad, dropped and cut rows among them; 7 rows at once go to processes, 1,024 stay here."""
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
+    rows: list[Any] = [pair(i, "Blue. " * (1 + i % 23)) for i in range(200)]
+    rows[50], rows[51], rows[120] = b"{oops", {"prompt": 3, "response": "r"}, pair(120, "~" * 200)
+    rows[121] = {"prompt": "~" * 200, "response": "dropped"}
+    source = demonstrations(write_rows(*rows), on_bad_row="skip")
+    told: list[tuple[str, int]] = []
+    files = []
+    for workers in (1, 2, 3):
+        folder = tmp_path / f"cache{workers}"
+        progress = (lambda name, done: told.append((name, done))) if workers == 2 else None
+        build(source, renderer, LENGTHS, cache_dir=folder, workers=workers, progress=progress)
+        files += [(file.name, file.read_bytes()) for file in folder.iterdir()]
+    assert len(files) == 3 and len(set(files)) == 1
+    assert told[-1] == (source.path, 200) and [done for _, done in told] == sorted(done for _, done in told)
+    assert len(told) == -(-200 // rows_at_once)
+
+
+def test_errors_are_the_same_with_any_number_of_processes(
+    renderer: Renderer, write_rows: WriteRows, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    long = write_rows(*(pair(i, "~" * 200 if i == 60 else "Blue.") for i in range(100)), name="long.jsonl")
+    bad = write_rows(*(b"{oops" if i % 4 == 0 else pair(i) for i in range(100)), name="bad.jsonl")
+    unknown = write_rows({"a": 1}, *(pair(i) for i in range(100)), name="unknown.jsonl")
+    strict = replace(LENGTHS, long_response="error")
+    for path in (long, bad, unknown):
+        messages = set()
+        for workers in (1, 2):
+            with pytest.raises(UserError) as error:
+                build(demonstrations(path), renderer, strict, cache_dir=cache, workers=workers)
+            messages.add(str(error.value))
+        assert len(messages) == 1 and f"{path}:" in messages.pop()
+    assert list(cache.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_half_made(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:
+    def progress(name: str, rows: int) -> None:
+        raise KeyboardInterrupt
+
+    source = demonstrations(write_rows(*(pair(i) for i in range(10))))
+    with pytest.raises(KeyboardInterrupt):
+        build(source, renderer, LENGTHS, cache_dir=cache, progress=progress)
+    assert list(cache.iterdir()) == []
+
+
+def test_rows_by_data_templates(renderer: Renderer, write_rows: WriteRows, cache: Path, tmp_path: Path) -> None:
+    """Every row by two wordings; what a template leaves out is counted; the file of templates is part of the key."""
+    file = tmp_path / "wordings.yaml"
+    text = (
+        "choose: all\n"
+        "templates:\n"
+        "  - {name: plain, prompt: 'Is {{ x }} good?', response: '{{ y }}'}\n"
+        "  - {name: short, prompt: '{{ x }}?', response: '{{ y }}'}\n"
+    )
+    file.write_text(text)
+    path = write_rows({"x": "tea", "y": "Yes."}, {"x": "mud", "y": ""}, {"x": "jam", "y": "Yes."}, {"y": "no x"})
+    source = demonstrations(path, templates=str(file), on_bad_row="skip")
+    data = build(source, renderer, LENGTHS, cache_dir=cache)
+    prompts = [renderer.tokenizer.decode(tree.prompt) for tree in data]
+    assert ["Is tea good?" in prompts[0], "tea?" in prompts[1], "Is jam good?" in prompts[2], len(prompts)] == [
+        *(True,) * 3,
+        4,
+    ]
+    assert (data.counts.rows, data.counts.kept, data.counts.dropped_by_template) == (4, 2, 1)
+    assert data.counts.trees == 4 and sum(data.counts.bad.values()) == 1
+    file.write_text(text.replace("good", "fine"))
+    other = build(source, renderer, LENGTHS, cache_dir=cache)
+    assert "Is tea fine?" in renderer.tokenizer.decode(other[0].prompt) and len(list(cache.iterdir())) == 2
 
 
 def test_max_examples_reads_no_further(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from rlhf_pipeline.data.encode import Draft, Encoded, Lengths, draft, encode, fit
 from rlhf_pipeline.data.prompts import Renderer, Segment
-from rlhf_pipeline.data.records import Demonstration, Message, Ranking, Text
+from rlhf_pipeline.data.records import Demonstration, Feedback, Message, Prompt, Ranking, Text
+from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 
 QUESTION = Message("user", "How are you?")
@@ -98,6 +99,60 @@ def test_ranking_of_three_shares_one_prompt(renderer: Renderer) -> None:
         assert response.tolist() == alone.responses[0].tolist()
     assert [scored.all() for scored in tree.scored] == [True] * 3
     assert len(tree) == len(tree.prompt) + sum(map(len, tree.responses))
+
+
+def test_order_and_scores_of_a_ranking_are_kept(renderer: Renderer) -> None:
+    (tree,) = encode(Ranking((QUESTION,), ("a", "b", "c"), (2, 0, 0), (-1.5, 3.0, 3.0)), renderer, ROOMY).trees
+    assert tree.ranks.tolist() == [2, 0, 0] and tree.ranks.dtype == np.int32
+    assert tree.scores.tolist() == [-1.5, 3.0, 3.0] and tree.scores.dtype == np.float32
+    (tree,) = encode(Ranking((QUESTION,), ("a", "b"), (1, 0)), renderer, ROOMY).trees
+    assert tree.ranks.tolist() == [1, 0] and np.isnan(tree.scores).all() and tree.scores.shape == (2,)
+    # A cut answer keeps its place; where one cannot be used, nothing of the ranking is.
+    record = Ranking((QUESTION,), ("The sky is blue and blue and blue.", "No."), (1, 0))
+    room = len(encode(record, renderer, ROOMY).trees[0].path(1))
+    limits = lengths(max_length=room, max_prompt_length=room - 1, long_response="cut")
+    assert encode(record, renderer, limits).trees[0].ranks.tolist() == [1, 0]
+    limits = lengths(max_length=room, max_prompt_length=room - 1, long_response="drop")
+    assert encode(record, renderer, limits) == Encoded(outcome="dropped_long_response")
+
+
+def test_ranks_and_scores_where_nothing_was_compared(renderer: Renderer) -> None:
+    demonstration = encode(Demonstration((QUESTION, Message("assistant", "Well."))), renderer, ROOMY)
+    document = encode(Text("The sky is blue."), renderer, lengths(max_length=4, max_prompt_length=1))
+    by_hand = Tree(prompt=np.ones(1, np.int32), responses=(np.ones(2, np.int32),), scored=(np.ones(2, bool),), index=0)
+    assert len(document.trees) > 1
+    for tree in (*demonstration.trees, *document.trees, by_hand):
+        assert tree.ranks.tolist() == [0] and tree.ranks.dtype == np.int32
+        assert np.isnan(tree.scores).tolist() == [True] and tree.scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+def test_feedback_is_one_response_whose_rank_says_whether_it_was_wanted(renderer: Renderer, desirable: bool) -> None:
+    prompt = (QUESTION, Message("assistant", "Well."), Message("user", "Sky?"))
+    (tree,) = encode(Feedback(prompt, "Blue.", desirable), renderer, ROOMY).trees
+    (ranking,) = encode(Ranking(prompt, ("Blue.", "Red."), (0, 1)), renderer, ROOMY).trees
+    assert tree.prompt.tolist() == ranking.prompt.tolist()
+    assert [response.tolist() for response in tree.responses] == [ranking.responses[0].tolist()]
+    assert tree.scored[0].all() and tree.ranks.tolist() == [0 if desirable else 1]
+
+
+def test_prompt_becomes_a_tree_without_responses(renderer: Renderer) -> None:
+    prompt = (QUESTION, Message("assistant", "Well."), Message("user", "Sky?"))
+    encoded = encode(Prompt(prompt), renderer, ROOMY)
+    (tree,) = encoded.trees
+    assert encoded.outcome == "kept" and not encoded.prompt_truncated
+    assert tree.prompt.tolist() == renderer.encode_prompt(prompt).tolist() and len(tree) == len(tree.prompt)
+    assert tree.responses == () == tree.scored and tree.ranks.shape == (0,) == tree.scores.shape
+    assert draft(Prompt(prompt), renderer, loss="responses").group == _ranking_group(prompt, renderer)
+    size = len(tree.prompt)
+    limits = lengths(max_prompt_length=size - 1, long_prompt="keep_end")
+    assert encode(Prompt(prompt), renderer, limits).trees[0].prompt.tolist()[1:] == tree.prompt.tolist()[2:]
+    limits = lengths(max_prompt_length=size - 1, long_prompt="drop")
+    assert encode(Prompt(prompt), renderer, limits) == Encoded(outcome="dropped_long_prompt")
+
+
+def _ranking_group(prompt: tuple[Message, ...], renderer: Renderer) -> int:
+    return draft(Ranking(prompt, ("a", "b"), (0, 1)), renderer, loss="responses").group
 
 
 @pytest.mark.parametrize(

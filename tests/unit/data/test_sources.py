@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_pipeline.data import sources
 from rlhf_pipeline.data.records import BadRow
 from rlhf_pipeline.data.sources import fingerprint, read_rows
 from rlhf_pipeline.errors import UserError
@@ -56,6 +57,27 @@ def test_json_array(tmp_path: Path) -> None:
     assert read(tmp_path / "x.json.gz") == [("x.json.gz:row 1", {"a": 1})]
     (tmp_path / "x.json").write_text('[{"a": 1},')
     with pytest.raises(UserError, match=r"x\.json: not a JSON array"):
+        read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1000])
+def test_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Numbers, strings and characters of several bytes may be cut anywhere."""
+    monkeypatch.setattr(sources, "_PIECE", piece)
+    rows = [{"a": -12.5e3, "b": 'é"\\,]['}, {}, {"c": [1, [2, {"d": None}]], "e": "]" * 50}, {"f": 12345.678}]
+    for indent in (None, 2):
+        (tmp_path / "x.json").write_bytes(
+            b"\xef\xbb\xbf " + json.dumps(rows, ensure_ascii=False, indent=indent).encode() + b"\n"
+        )
+        assert [value for _, value in read(tmp_path / "x.json")] == rows
+    (tmp_path / "x.json").write_text(" [ ] ")
+    assert read(tmp_path / "x.json") == []
+
+
+@pytest.mark.parametrize("text", ["[1,]", "[,1]", "[1 2]", "[1]]", "[1] x", "[1,2", "[[1]", "[1.2.3]", "[{]"])
+def test_a_broken_array_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json: not a JSON array: after row \d: "):
         read(tmp_path / "x.json")
 
 
