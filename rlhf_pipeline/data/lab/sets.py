@@ -1,0 +1,81 @@
+"""The lab's files: rows in public formats, the same on every machine and whatever the size of the set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pipeline.data.lab.candidates import candidates
+from rlhf_pipeline.data.lab.corpus import document
+from rlhf_pipeline.data.lab.labelers import LABELERS, ranks_of
+from rlhf_pipeline.data.lab.task import Task
+from rlhf_pipeline.data.lab.tasks import make
+from rlhf_pipeline.errors import UserError
+
+Row = dict[str, Any]
+FEWEST, MOST = 4, 9  # answers to a ranked prompt, as in InstructGPT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Set:
+    """`row` makes one row; `kind` is what the readers make of it (text, demonstration, ranking, prompt)."""
+
+    row: Callable[[random.Random], Row]
+    kind: str
+    size: int  # rows, unless told otherwise
+
+
+def _prompt(task: Task) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in task.messages]
+
+
+def _demonstration(rng: random.Random, *, held_out: bool) -> Row:
+    task = make(rng, held_out=held_out)
+    answer = {"role": "assistant", "content": rng.choice(task.references)}
+    return {"messages": [*_prompt(task), answer], "category": task.category, "task": task.type}
+
+
+def _ranking(rng: random.Random, *, held_out: bool) -> Row:
+    task = make(rng, held_out=held_out)
+    responses = candidates(task, rng, rng.randint(FEWEST, MOST))
+    labeler = rng.choice(LABELERS)
+    scores = labeler.scores(task.messages, responses)
+    return {
+        "prompt": _prompt(task),
+        "responses": responses,
+        "scores": scores,
+        "ranks": ranks_of(scores),
+        "labeler": labeler.name,
+        "category": task.category,
+    }
+
+
+def _only_prompt(rng: random.Random, *, held_out: bool) -> Row:
+    task = make(rng, held_out=held_out)
+    return {"prompt": _prompt(task), "category": task.category, "task": task.type}
+
+
+SETS: dict[str, Set] = {
+    "documents": Set(row=document, kind="text", size=12_000),
+    "demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=False), kind="demonstration", size=5_000),
+    "rankings": Set(row=lambda rng: _ranking(rng, held_out=False), kind="ranking", size=2_000),
+    "prompts": Set(row=lambda rng: _only_prompt(rng, held_out=False), kind="prompt", size=4_000),
+    "heldout_prompts": Set(row=lambda rng: _only_prompt(rng, held_out=True), kind="prompt", size=500),
+    "heldout_demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=True), kind="demonstration", size=500),
+    "heldout_rankings": Set(row=lambda rng: _ranking(rng, held_out=True), kind="ranking", size=400),
+}
+
+
+def rows(set_name: str, *, count: int | None = None, seed: int = 0) -> Iterator[Row]:
+    """The first `count` rows of a set (its own size if None). Row i depends on the set, `seed` and i alone.
+
+    Raises:
+        UserError: for a set that does not exist.
+    """
+    if set_name not in SETS:
+        raise UserError(f"the demo lab has no set {set_name!r}; there are {', '.join(SETS)}")
+    chosen = SETS[set_name]
+    for i in range(chosen.size if count is None else count):
+        yield chosen.row(random.Random(f"{set_name} {seed} {i}"))
