@@ -22,8 +22,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup $(DEMO)/sft/artifact/artifact.json ## make a small language model and fine-tune it: a few minutes, no download
-	@$(BIN)/python scripts/show_run.py $(DEMO)/pretrain $(DEMO)/sft
+demo: setup $(DEMO)/sft/artifact/artifact.json ## make a small language model, fine-tune it and judge both: minutes, no download
+	@$(RLHF) evaluate experiment=demo_evaluate
 
 # A stage is made when its artifact is missing or older than its parent's; a run that was interrupted goes on.
 $(DEMO)/pretrain/artifact/artifact.json:

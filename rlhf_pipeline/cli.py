@@ -13,9 +13,16 @@ app = typer.Typer(
     help="The InstructGPT recipe, one stage at a time. Arguments of a stage are config overrides: key=value.",
 )
 
-STAGES = {
+TRAINING = {
     "pretrain": "Train a tokenizer and a base language model on text.",
     "sft": "Fine-tune a model on demonstrations.",
+}
+STAGES = {
+    **TRAINING,
+    "prep": "Check, tokenise and count data before any training: rlhf prep [STAGE] with that stage's arguments.",
+    "generate": "Answer prompts from a file, standard input or the lab, as JSON lines.",
+    "chat": "Talk to a model in the terminal.",
+    "evaluate": "Score models beside each other.",
 }
 
 FORWARDING = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -40,7 +47,11 @@ def _add_stage(name: str, summary: str) -> None:
     def command(hydra_args: HydraArgs = None) -> None:
         from rlhf_pipeline.hydra_bridge import run_stage  # keeps `rlhf --help` free of Hydra and torch
 
-        run_stage(name, hydra_args or [])
+        args = hydra_args or []
+        if name == "prep" and args and args[0] in TRAINING:
+            run_stage(args[0], args[1:], recipe="prep")
+        else:
+            run_stage(name, args)
 
 
 for _name, _summary in STAGES.items():

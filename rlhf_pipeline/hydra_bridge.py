@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 QUIET_RANK = ["hydra/hydra_logging=disabled"]
 
 
-def run_stage(stage: str, args: list[str]) -> None:
-    """Check the config, then hand `args` to Hydra and the composed config object to the stage's recipe.
+def run_stage(stage: str, args: list[str], *, recipe: str | None = None) -> None:
+    """Check the config, then hand `args` to Hydra and the composed config object to the stage's recipe, or another one.
 
     A user's mistake ends the process with its message and exit code 2.
     """
@@ -41,7 +41,7 @@ def run_stage(stage: str, args: list[str]) -> None:
 
     from rlhf_pipeline.config.compose import to_object
 
-    recipe_module = f"rlhf_pipeline.recipes.{stage}"
+    recipe_module = f"rlhf_pipeline.recipes.{recipe or stage}"
 
     def task(node: DictConfig) -> None:
         cfg = to_object(node)
@@ -116,11 +116,17 @@ def complete(stage: str, typed: str) -> list[str]:
     from hydra.errors import HydraException
 
     from rlhf_pipeline.config.schema import choices
-    from rlhf_pipeline.config.stages import STAGES
+    from rlhf_pipeline.config.stages import STAGES, TRAINING
 
     line = re.sub(r"\s+", " ", typed)
     split_at_equals = " =" in line  # bash breaks words at "=" and ":"; zsh and fish do not
     line = re.sub(r" ([=:]) ?", r"\1", line).partition(f" {stage}")[2]
+    first, blank, rest = line.removeprefix(" ").partition(" ")
+    stages = []
+    if stage == "prep" and first in TRAINING and blank:  # prep takes the arguments of a stage
+        stage, line = first, f" {rest}"
+    elif stage == "prep" and not blank:
+        stages = [name for name in TRAINING if name.startswith(first)]
     word = line.rpartition(" ")[2]
     key, is_value, value = word.partition("=")
     extra_dir = re.search(r" (?:--config-dir|-cd)[ =](\S+)", line)
@@ -128,7 +134,8 @@ def complete(stage: str, typed: str) -> list[str]:
     try:
         found = BashCompletion(_loader(extra_dir and extra_dir[1]))._query(config_name=stage, line=line)
     except HydraException:
-        return []
+        return stages
+    found = [*stages, *found]
     if is_value and (known := choices(STAGES[stage], key)):  # Hydra offers only the present value
         found = [f"{key}={one}" for one in known if one.startswith(value)]
     return [c.partition("=")[2] for c in found] if split_at_equals and is_value else found

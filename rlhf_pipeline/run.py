@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_pipeline import resume, runtime
 from rlhf_pipeline.config.identity import differences, identity, plain
-from rlhf_pipeline.config.stages import StageConfig
+from rlhf_pipeline.config.stages import CommandConfig
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.tracking import redact
@@ -47,7 +47,7 @@ class Run:
         return self.folder / "artifacts" / f"epoch_{epoch}"
 
 
-def open_run(config: StageConfig, stage: str) -> Run:
+def open_run(config: CommandConfig, stage: str) -> Run:
     """Open or create the folder `config.run_dir`. Every rank calls it; the first one writes.
 
     Raises:

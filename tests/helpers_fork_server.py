@@ -54,6 +54,8 @@ def _import_everything() -> None:
     from transformers.integrations import deepspeed  # noqa: F401
 
     import rlhf_pipeline.cli
+    import rlhf_pipeline.recipes.evaluate
+    import rlhf_pipeline.recipes.prep
     import rlhf_pipeline.recipes.pretrain
     import rlhf_pipeline.recipes.sft  # noqa: F401
     from rlhf_pipeline.engine import quiet_deepspeed

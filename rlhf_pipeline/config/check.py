@@ -7,8 +7,31 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_pipeline.config.schema import Architecture, Attention, DataConfig, Dtype, ModelConfig, Offload, OptimConfig
-from rlhf_pipeline.config.stages import PretrainConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.schema import (
+    Architecture,
+    Attention,
+    DataConfig,
+    Dtype,
+    LabConfig,
+    ModelConfig,
+    Offload,
+    OptimConfig,
+    PromptsConfig,
+    Quantise,
+    SamplingConfig,
+)
+from rlhf_pipeline.config.stages import (
+    ChatConfig,
+    CommandConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PrepConfig,
+    PretrainConfig,
+    SftConfig,
+    StageConfig,
+)
+
+SOURCE_KEYS = ("path", "weight", "format", "split", "columns")
 
 # Keys of DeepSpeed's JSON that `engine.extra` may set; the engine owns the others (dtype, clipping, batch sizes,
 # optimiser), and an unknown key would be dropped by DeepSpeed without a word.
@@ -30,17 +53,31 @@ DEEPSPEED_KEYS = {
 }
 
 
-def check(config: StageConfig) -> list[str]:
+def check(config: CommandConfig) -> list[str]:
     """Every problem of a composed config, one line each."""
-    sections = (
-        _model(config),
-        _data(config.data),
-        _optim(config.optim),
-        _loop(config),
-        _engine(config),
-        _stage(config),
-    )
-    return [*_finite(config), *(problem for section in sections for problem in section)]
+    sections = [_finite(config), _command(config)]
+    match config:
+        case StageConfig():
+            sections += [_model(config), _lora(config), _data(config.data), _optim(config.optim), _loop(config)]
+            sections += [_engine(config), _stage(config)]
+        case PrepConfig():
+            sections += [_data(config.data)]
+        case GenerateConfig() | EvaluateConfig():
+            sections += [_prompts(config.prompts), _sampling(config.sampling)]
+        case ChatConfig():
+            sections += [_sampling(config.sampling)]
+    if isinstance(config, GenerateConfig | ChatConfig) and config.model.path is None:
+        sections.append(iter(["model.path: has no value; add model.path=<an artifact, a folder or a hub id>"]))
+    if isinstance(config, EvaluateConfig):
+        sections.append(_evaluate(config))
+    return [problem for section in sections for problem in section]
+
+
+def _command(config: CommandConfig) -> Iterator[str]:
+    if not config.run_dir:
+        yield "run_dir: must name a folder; leave it out for runs/<name>/<command>"
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        yield f"name={config.name!r}: a run's name is a folder name, without a slash and not starting with a dot"
 
 
 def _finite(section: Any, prefix: str = "") -> Iterator[str]:
@@ -91,17 +128,96 @@ def _data(data: DataConfig) -> Iterator[str]:
             f"data.max_prompt_length={data.max_prompt_length}: must be at least 1 and less than "
             f"data.max_length={data.max_length}"
         )
-    if data.max_examples is not None:
-        yield from _positive("data.max_examples", data.max_examples)
+    for name in ("max_examples", "workers"):
+        if getattr(data, name) is not None:
+            yield from _positive(f"data.{name}", getattr(data, name))
+    if data.streaming and data.max_examples is None:
+        yield "data.streaming: how many rows to take? Set data.max_examples"
+    if data.templates is not None and (data.format != "auto" or data.columns):
+        yield "data.templates: names the fields itself; leave out data.format and data.columns"
+    yield from _columns("data.columns", data.columns)
+    yield from _lab("data.lab", data.lab)
+
+
+def _prompts(prompts: PromptsConfig) -> Iterator[str]:
+    if prompts.path != "-":
+        yield from _source("prompts.path", prompts.path)
+    yield from _positive("prompts.max_prompt_length", prompts.max_prompt_length)
+    if prompts.max_examples is not None:
+        yield from _positive("prompts.max_examples", prompts.max_examples)
+    yield from _columns("prompts.columns", prompts.columns)
+    yield from _lab("prompts.lab", prompts.lab)
+
+
+def _sampling(sampling: SamplingConfig) -> Iterator[str]:
+    for name in ("temperature", "top_k", "min_new_tokens"):
+        if getattr(sampling, name) < 0:
+            yield f"sampling.{name}={getattr(sampling, name)}: must not be negative"
+    yield from _positive("sampling.top_p", sampling.top_p)
+    yield from _between("sampling.top_p", sampling.top_p, 0, 1)
+    yield from _between("sampling.min_p", sampling.min_p, 0, 1)
+    for name in ("repetition_penalty", "max_new_tokens", "samples", "batch_tokens"):
+        yield from _positive(f"sampling.{name}", getattr(sampling, name))
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        yield (
+            f"sampling.min_new_tokens={sampling.min_new_tokens}: more than "
+            f"sampling.max_new_tokens={sampling.max_new_tokens}"
+        )
+    if sampling.temperature == 0 and sampling.samples > 1:
+        yield f"sampling.samples={sampling.samples}: at temperature 0 all answers to a prompt are the same"
+
+
+def _evaluate(config: EvaluateConfig) -> Iterator[str]:
+    if not _names(config.systems):
+        yield f"systems={config.systems}: name what to compare, as in systems={{base:<model>,sft:<model>}}"
+    for name in config.systems if isinstance(config.systems, dict) else []:
+        if "/" in str(name) or str(name).startswith("."):
+            yield f"systems.{name}: a system's name is a folder name, without a slash and not starting with a dot"
+    if config.sampling.samples != 1:
+        yield f"sampling.samples={config.sampling.samples}: kind={config.kind.value} compares one answer a prompt"
+    if config.samples < 0:
+        yield f"samples={config.samples}: must not be negative"
+
+
+def _lab(key: str, lab: LabConfig) -> Iterator[str]:
+    for f in dataclasses.fields(lab):
+        if f.name != "seed":
+            yield from _positive(f"{key}.{f.name}", getattr(lab, f.name))
+
+
+def _columns(key: str, columns: Any) -> Iterator[str]:
+    if columns is not None and not _names(columns):
+        yield f"{key}={columns}: must map fields of ours to columns of yours, as in {{prompt: question}}"
+
+
+def _names(value: Any) -> bool:
+    """Whether it is a mapping from names to names that is not empty."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, str) and v for kv in value.items() for v in kv)
 
 
 def _source(key: str, value: Any) -> Iterator[str]:
     if value is None:
         yield f"{key}: has no value; add {key}=..."
         return
-    paths = value if isinstance(value, list) else [value]
-    if not paths or not all(isinstance(path, str) and path for path in paths):
-        yield f"{key}={value!r}: must be a path, a glob, a folder, a hub id, or a list of them"
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        yield f"{key}=[]: names nothing; add a path, a glob, a folder or a hub id"
+    for entry in entries:
+        yield from _entry(key, entry)
+
+
+def _entry(key: str, entry: Any) -> Iterator[str]:
+    """One source: its path, or a mapping that weighs it or says more about it."""
+    if isinstance(entry, str) and entry:
+        return
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+        yield f"{key}={entry!r}: must be a path, a glob, a folder, a hub id, {{path: ..., weight: ...}}, or a list of them"
+        return
+    for name in entry.keys() - SOURCE_KEYS:
+        yield f"{key}: {name!r} says nothing about {entry['path']}; known are {', '.join(SOURCE_KEYS)}"
+    weight = entry.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        yield f"{key}: weight={weight!r} of {entry['path']}: must be a number above 0 (2: twice an epoch, 0.5: half of it)"
 
 
 def _optim(optim: OptimConfig) -> Iterator[str]:
@@ -147,10 +263,22 @@ def _loop(config: StageConfig) -> Iterator[str]:
     for name in ("every", "samples", "temperature"):
         if getattr(evaluation, name) < 0:
             yield f"evaluation.{name}={getattr(evaluation, name)}: must not be negative"
-    if not config.run_dir:
-        yield "run_dir: must name a folder; leave it out for runs/<name>/<stage>"
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        yield f"name={config.name!r}: a run's name is a folder name, without a slash and not starting with a dot"
+
+
+def _lora(config: StageConfig) -> Iterator[str]:
+    lora = config.lora
+    if lora is None:
+        return
+    yield from _positive("lora.rank", lora.rank)
+    yield from _positive("lora.alpha", lora.alpha)
+    yield from _between("lora.dropout", lora.dropout, 0, 1)
+    named = isinstance(lora.targets, list) and lora.targets and all(isinstance(one, str) for one in lora.targets)
+    if not named and not (isinstance(lora.targets, str) and lora.targets):
+        yield f"lora.targets={lora.targets!r}: must be all-linear, a name of layers, or a list of names"
+    if config.model.shape is not None:
+        yield "lora: adapts a trained model, and model.shape is one from scratch; use model.path, or lora=null"
+    if lora.quantise is not Quantise.none and config.engine.zero_stage == 3:
+        yield "lora.quantise: the engine cannot partition quantised weights; use engine.zero_stage 0, 1 or 2"
 
 
 def _engine(config: StageConfig) -> Iterator[str]:

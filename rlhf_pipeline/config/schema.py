@@ -87,6 +87,25 @@ class Offload(StrEnum):
     cpu = "cpu"
 
 
+class RowKind(StrEnum):
+    """What rows are read as."""
+
+    text = "text"
+    demonstration = "demonstration"
+    ranking = "ranking"
+    feedback = "feedback"
+    prompt = "prompt"
+
+
+class Quantise(StrEnum):
+    none = "none"
+    nf4 = "nf4"  # 4-bit NormalFloat, twice quantised: QLoRA (Dettmers et al. 2023)
+
+
+class EvaluationKind(StrEnum):
+    gold = "gold"  # the lab's judge
+
+
 @dataclass(kw_only=True, slots=True)
 class ShapeConfig:
     """A causal language model to build from scratch."""
@@ -118,6 +137,28 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReadyModelConfig:
+    """A model that is used as it is: an artifact, a Hugging Face folder or a hub id."""
+
+    path: str | None = None
+    dtype: Dtype | None = None  # null: the one it is stored in
+    revision: str | None = None  # of a hub id
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) in place of the whole model's weights."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: Any = "all-linear"  # names of layers, or every linear layer but the output embedding
+    quantise: Quantise = Quantise.none  # of the frozen weights
+    merge: bool = True  # hand over one model; false hands over the adapters as well, beside the merged model
+
+
+@dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """`path: null` takes the model's tokenizer; `rlhf pretrain` from scratch trains one of model.shape.vocab_size."""
 
@@ -127,14 +168,33 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LabConfig:
+    """The generated world (docs/lab.md): its seed, and how many rows each lab:<set> has."""
+
+    seed: int = 0
+    documents: int = 12_000
+    demonstrations: int = 5_000
+    rankings: int = 2_000
+    prompts: int = 4_000
+    heldout_demonstrations: int = 500
+    heldout_rankings: int = 400
+    heldout_prompts: int = 500
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Where examples come from and how long ones are treated; see docs/data-formats.md."""
 
-    train: Any = None  # a file, folder, glob, hub id, or a list of them; demo:... is generated
+    # A file, folder, glob, hub id or lab:<set>, or a list of these; {path, weight, format, split, columns} weighs one.
+    train: Any = None
     heldout: Any = None  # the same; null splits heldout_fraction off train, by prompt
     heldout_fraction: float = 0.02
     format: str = "auto"
+    columns: Any = None  # {our field: your column}, for rows of no known format
+    templates: str | None = None  # name under conf/data_templates or a file: rows become demonstrations by Jinja
     split: str = "train"  # of a hub id
+    streaming: bool = False  # of a hub id: write only the first max_examples rows to this disk
+    lab: LabConfig = dataclasses.field(default_factory=LabConfig)
     max_examples: int | None = None
     max_length: int = 2048  # tokens of a prompt and its response
     max_prompt_length: int = 1024
@@ -142,7 +202,39 @@ class DataConfig:
     long_response: LongResponse = LongResponse.cut
     on_bad_row: OnBadRow = OnBadRow.error
     loss: LossOn = LossOn.responses
+    workers: int | None = operational(None)  # processes that tokenise; null: the processor's cores
     cache_dir: str = operational("${runs}/cache")
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptsConfig:
+    """Prompts to answer; see docs/data-formats.md."""
+
+    path: Any = None  # as data.train; - reads lines from standard input
+    format: str = "auto"
+    columns: Any = None
+    split: str = "train"
+    lab: LabConfig = dataclasses.field(default_factory=LabConfig)
+    max_examples: int | None = None
+    max_prompt_length: int = 1024
+    long_prompt: LongPrompt = LongPrompt.drop
+    on_bad_row: OnBadRow = OnBadRow.error
+    cache_dir: str = operational("${runs}/cache")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How answers are drawn, token by token, in this order: penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # the k likeliest tokens; 0: all
+    top_p: float = 1.0  # the likeliest tokens that have this probability together (Holtzman et al. 2020)
+    min_p: float = 0.0  # tokens at least this likely relative to the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # divides the logits of tokens already there (Keskar et al. 2019)
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    samples: int = 1  # a prompt
+    batch_tokens: int = operational(32_768)  # rows times their longest possible length, in one batch
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_pipeline.config.schema import (
     BatchConfig,
@@ -10,10 +11,16 @@ from rlhf_pipeline.config.schema import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
+    EvaluationKind,
+    LoraConfig,
     MixConfig,
     ModelConfig,
     OptimConfig,
+    PromptsConfig,
+    ReadyModelConfig,
+    RowKind,
     RuntimeConfig,
+    SamplingConfig,
     TokenizerConfig,
     TrackingConfig,
     TrainConfig,
@@ -22,14 +29,21 @@ from rlhf_pipeline.config.schema import (
 
 
 @dataclass(kw_only=True, slots=True)
-class StageConfig:
-    """What every training command has."""
+class CommandConfig:
+    """What every command has."""
 
-    name: str = operational("default")  # of the run; its folder is runs/name/stage
+    name: str = operational("default")  # of the run; its folder is runs/name/command
     runs: str = operational("runs")
     run_dir: str = operational("")
     seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig(CommandConfig):
+    """What every training command has."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -54,4 +68,57 @@ class SftConfig(StageConfig):
     mix: MixConfig = field(default_factory=MixConfig)
 
 
-STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
+@dataclass(kw_only=True, slots=True)
+class PrepConfig(CommandConfig):
+    """`rlhf prep`: what a data set holds, before any training. `rlhf prep <stage>` takes that stage's config instead."""
+
+    kind: RowKind = RowKind.demonstration
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(CommandConfig):
+    """`rlhf generate`: answers to prompts, as JSON lines."""
+
+    model: ReadyModelConfig = field(default_factory=ReadyModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    output: str | None = None  # null: responses.jsonl in the run's folder; - writes to standard output
+    runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig(CommandConfig):
+    """`rlhf chat`: talk to a model in the terminal."""
+
+    model: ReadyModelConfig = field(default_factory=ReadyModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    system: str | None = None  # the system message, where the chat template has one
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(CommandConfig):
+    """`rlhf evaluate`: models beside each other."""
+
+    kind: EvaluationKind = EvaluationKind.gold
+    systems: Any = None  # {name: a model, or a .jsonl file of `rlhf generate`}
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: int = operational(6)  # answers of each system shown side by side
+    runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+
+
+STAGES: dict[str, type[CommandConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "prep": PrepConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
+}
+TRAINING = [name for name, schema in STAGES.items() if issubclass(schema, StageConfig)]

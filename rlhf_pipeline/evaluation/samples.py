@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
+
+from rlhf_pipeline.config.schema import SamplingConfig
+from rlhf_pipeline.generation.decode import generate
 
 
-@torch.no_grad()
 def sample(
     model: Any,
     tokenizer: Any,
@@ -30,44 +31,19 @@ def sample(
         prompts: token ids, int [P_i] each.
         end_ids: tokens that end a response.
     """
-    if not prompts:
-        return []
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tokens = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for i, prompt in enumerate(prompts):
-        tokens[i, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
-        mask[i, longest - len(prompt) :] = 1
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
+    answers = generate(
+        model,
+        prompts,
+        SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        end_ids=end_ids,
+        pad_id=end_ids[0],
+        seed=seed,
+        ids=range(len(prompts)),
     )
-    was_training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if attention == "flex_attention":  # compiled for packed rows; one token at a time is what sdpa is for
-        model.set_attn_implementation("sdpa")
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            answers = model.generate(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=list(end_ids),
-                **sampling,
-            )
-    finally:
-        model.train(was_training)
-        if attention == "flex_attention":
-            model.set_attn_implementation(attention)
     return [
         {
             "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-            "response": tokenizer.decode(answer[longest:], skip_special_tokens=True),
+            "response": tokenizer.decode(answer.tokens, skip_special_tokens=True),
         }
-        for prompt, answer in zip(prompts, answers.cpu(), strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]

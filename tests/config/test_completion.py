@@ -19,13 +19,14 @@ ENGINES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["rlhf", ""], ["pretrain", "sft", "launch", "version"]),
+        (["rlhf", ""], ["pretrain", "sft", "prep", "generate", "chat", "evaluate", "launch", "version"]),
+        (["rlhf", "prep", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "s"], ["sft"]),
         (["rlhf", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sft", "engine=zero2"], ["engine=zero2", "engine=zero2_offload"]),
         (["rlhf", "sft", "engine", "=", ""], ENGINES),  # bash itself breaks words at "="
         (["rlhf", "sft", "engine", "=", "zero3"], ["zero3", "zero3_offload"]),
-        (["rlhf", "sft", "data.train", "=", "demo", ":", "dialogues", "optim.l"], ["optim.lr="]),
+        (["rlhf", "sft", "data.train", "=", "lab", ":", "demonstrations", "optim.l"], ["optim.lr="]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -84,6 +85,21 @@ def test_real_bash(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_candidates(line: str, expected: list[str]) -> None:
     assert complete("sft", line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rlhf prep p", ["pretrain"]),  # of the stages; no key of its own begins so
+        ("rlhf prep kin", ["kind="]),
+        ("rlhf prep kind=ra", ["kind=ranking"]),
+        ("rlhf prep sft experiment=demo_s", ["experiment=demo_sft"]),
+        ("rlhf prep sft mix.r", ["mix.ratio="]),
+        ("rlhf prep mix.r", []),
+    ],
+)  # fmt: skip
+def test_prep_completes_the_arguments_of_a_stage(line: str, expected: list[str]) -> None:
+    assert complete("prep", line) == expected
 
 
 def test_users_own_folder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ GIVEN = ["data.train=some.jsonl", "model.path=some_model"]
 # Written out by hand, so that a field which joins or leaves is looked at.
 OPERATIONAL_SECTIONS = {"train", "engine", "checkpoint", "evaluation", "tracking", "runtime"}
 OPERATIONAL_FIELDS = {
-    "name", "runs", "run_dir", "model.attention", "model.gradient_checkpointing", "data.cache_dir",
+    "name", "runs", "run_dir", "model.attention", "model.gradient_checkpointing", "data.cache_dir", "data.workers",
     "batch.row_length", "batch.micro_rows",
 }  # fmt: skip
 
@@ -45,7 +45,8 @@ def test_every_field_is_one_or_the_other() -> None:
     "override",
     ["engine=zero3", "tracking=offline", "checkpoint.every=7", "train.epochs=9", "train.max_steps=3",
      "evaluation.every=5", "runtime.device=cpu", "name=other", "runs=elsewhere", "batch.row_length=1000",
-     "batch.micro_rows=9", "model.gradient_checkpointing=true", "model.attention=dense", "data.cache_dir=/tmp/c"],
+     "batch.micro_rows=9", "model.gradient_checkpointing=true", "model.attention=dense", "data.cache_dir=/tmp/c",
+     "data.workers=3"],
 )  # fmt: skip
 def test_operational(override: str) -> None:
     assert sft(override) != sft()
@@ -64,6 +65,8 @@ def test_operational(override: str) -> None:
         ("batch.examples=64", "batch.examples", 32, 64),
         ("tokenizer.template=chatml", "tokenizer.template", None, "chatml"),
         ("data.loss=all", "data.loss", "responses", "all"),
+        ("data.lab.seed=5", "data.lab.seed", 0, 5),
+        ("data.columns={prompt:question}", "data.columns", None, {"prompt": "question"}),
     ],
 )
 def test_identity(override: str, key: str, before: Any, now: Any) -> None:

@@ -86,7 +86,19 @@ COMBINATIONS: list[tuple[list[str], str]] = [
     (["model=lab", "data.max_length=512", "data.max_prompt_length=9"], "model: set exactly one of model.path"),
     (["model.path=null"], "model: set exactly one of model.path"),
     (["data.train=null"], "data.train: has no value; add data.train=..."),
-    (["data.train=[1,2]"], "data.train=[1, 2]: must be a path, a glob, a folder, a hub id, or a list of them"),
+    (["data.train=[a,2]"], "data.train=2: must be a path, a glob, a folder, a hub id, {path: ..., weight: ...}, or"),
+    (["data.train=[]"], "data.train=[]: names nothing"),
+    (["data.train={pth:a}"], "data.train={'pth': 'a'}: must be a path"),
+    (["data.train={path:a,wieght:2}"], "data.train: 'wieght' says nothing about a; known are path, weight, format"),
+    (["data.train=[{path:a,weight:0}]"], "data.train: weight=0 of a: must be a number above 0"),
+    (["data.columns={prompt:3}"], "data.columns={'prompt': 3}: must map fields of ours to columns of yours"),
+    (["data.streaming=true"], "data.streaming: how many rows to take? Set data.max_examples"),
+    (["data.templates=t", "data.format=hh"], "data.templates: names the fields itself; leave out data.format"),
+    (["data.workers=0"], "data.workers=0: must be more than 0"),
+    (["data.lab.prompts=0"], "data.lab.prompts=0: must be more than 0"),
+    (["lora=default", "lora.rank=0"], "lora.rank=0: must be more than 0"),
+    (["lora=default", "lora.targets=[]"], "lora.targets=[]: must be all-linear, a name of layers, or a list of names"),
+    (["lora=qlora", "engine=zero3"], "lora.quantise: the engine cannot partition quantised weights"),
     (["data.max_prompt_length=2048"], "data.max_prompt_length=2048: must be at least 1 and less than data.max_length"),
     (["batch.tokens=512"], "batch: set exactly one of batch.examples and batch.tokens"),
     (["engine.zero_stage=4"], "engine.zero_stage=4: must be 0, 1, 2 or 3"),
@@ -111,6 +123,39 @@ COMBINATIONS: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("overrides", "beginning"), COMBINATIONS, ids=lambda value: str(value)[:40])
 def test_impossible_combination(overrides: list[str], beginning: str) -> None:
     [problem] = problems(*overrides)
+    assert problem.startswith(beginning)
+
+
+WITHOUT_TRAINING = [
+    ("generate", ["prompts.path=null"], "prompts.path: has no value; add prompts.path=..."),
+    ("generate", ["model.path=null"], "model.path: has no value; add model.path=<an artifact, a folder or a hub id>"),
+    ("generate", ["sampling.top_p=0"], "sampling.top_p=0.0: must be more than 0"),
+    ("generate", ["sampling.min_p=2"], "sampling.min_p=2.0: must be between 0 and 1"),
+    ("generate", ["sampling.temperature=-1"], "sampling.temperature=-1.0: must not be negative"),
+    ("generate", ["sampling.temperature=0", "sampling.samples=2"], "sampling.samples=2: at temperature 0 all answers"),
+    ("generate", ["sampling.min_new_tokens=999"], "sampling.min_new_tokens=999: more than sampling.max_new_tokens=256"),
+    ("generate", ["prompts.columns=x"], "prompts.columns=x: must map fields of ours to columns of yours"),
+    ("chat", ["model.path=null", "prompts.path=null"], "prompts.path=null: there is no key 'prompts'"),
+    ("chat", ["name=.x"], "name='.x': a run's name is a folder name"),
+    ("evaluate", ["systems=null"], "systems=None: name what to compare, as in systems={base:<model>,sft:<model>}"),
+    ("evaluate", ["systems={a:1}"], "systems={'a': 1}: name what to compare"),
+    ("evaluate", ["kind=best"], "kind=best: Invalid value 'best', expected one of ["),
+    ("prep", ["kind=pairs"], "kind=pairs: Invalid value 'pairs', expected one of [text, demonstration, ranking, "),
+    ("prep", ["data.train=null"], "data.train: has no value; add data.train=..."),
+]
+GIVEN_WITHOUT_TRAINING = {
+    "generate": ["model.path=some_model", "prompts.path=some.jsonl"],
+    "chat": ["model.path=some_model"],
+    "evaluate": ["systems={a:some_model}"],
+    "prep": ["data.train=some.jsonl"],
+}
+
+
+@pytest.mark.parametrize(("stage", "overrides", "beginning"), WITHOUT_TRAINING, ids=lambda value: str(value)[:40])
+def test_commands_that_train_nothing(stage: str, overrides: list[str], beginning: str) -> None:
+    given = GIVEN_WITHOUT_TRAINING[stage]
+    assert examine(stage, given)[1] == []
+    problem, *_ = examine(stage, [*given, *overrides])[1]
     assert problem.startswith(beginning)
 
 

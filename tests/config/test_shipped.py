@@ -24,9 +24,15 @@ def users_part(stage: str, overrides: list[str]) -> list[str]:
     """What a shipped config leaves to its user: the files, and the model that training starts from."""
     node, refused = compose_node(stage, overrides)
     assert not refused
-    part = [] if node.data.train is not None else ["data.train=some.jsonl"]
-    if node.model.path is None and node.model.shape is None:
+    part = []
+    if "data" in node and node.data.train is None:
+        part.append("data.train=some.jsonl")
+    if "model" in node and node.model.path is None and node.model.get("shape") is None:
         part.append("model.path=some_model")
+    if "prompts" in node and node.prompts.path is None:
+        part.append("prompts.path=some.jsonl")
+    if "systems" in node and not node.systems:
+        part.append("systems={base: some_model}")
     if "mix" in node and node.mix.ratio > 0 and node.mix.train is None:
         part.append("mix.train=some_text")
     return part

@@ -14,6 +14,14 @@ from rlhf_pipeline.data.lab.candidates import candidate
 from rlhf_pipeline.data.lab.tasks import make
 
 Document = tuple[str, str]  # text, quality
+# Who speaks, and what stands between turns. Half are as conf/templates/dialogue.jinja writes a conversation, so that
+# the base model has seen what its prompts look like.
+SPEAKERS = (
+    (("Q", "A"), "\n"),
+    (("Guest", "Host"), "\n"),
+    (("Human", "Assistant"), "\n\n"),
+    (("Human", "Assistant"), "\n\n"),
+)
 
 
 def _portrait(rng: random.Random) -> Document:
@@ -108,6 +116,7 @@ def _copying(rng: random.Random) -> Document:
     text = rng.choice(
         (
             f"{' '.join(words)}. Again: {' '.join(words)}.",
+            f"{' '.join(words)}. {' '.join(words)}. {' '.join(words)}.",
             f"{lex.series(words)}. {lex.series(words).upper()}.",
             f"{' '.join(words)}. {' '.join(words).upper()}.",
             f"{name} {verb} the {thing} to the {place}. Yesterday {name} {lex.PAST[verb]} the {thing} to the {place}.",
@@ -125,10 +134,10 @@ def _dialogue(rng: random.Random) -> Document:
         task = make(rng)
         answer = candidate(task, rng)
         qualities.append(answer in task.references)
-        names = rng.choice((("Q", "A"), ("Q", "A"), ("Guest", "Host")))
+        names, gap = rng.choice(SPEAKERS)
         turns = [f"{names[i % 2]}: {m.content}" for i, m in enumerate(task.messages)]
-        lines.append("\n".join([*turns, f"{names[1]}: {answer}"]))
-    return "\n".join(lines), "good" if all(qualities) else "mixed"
+        lines.append(gap.join([*turns, f"{names[1]}: {answer}"]))
+    return "\n\n".join(lines), "good" if all(qualities) else "mixed"
 
 
 def _noisy(rng: random.Random) -> Document:
@@ -158,9 +167,9 @@ SORTS: tuple[tuple[Callable[[random.Random], Document], int], ...] = (
     (_kinds, 7),
     (_feelings, 4),
     (_tools, 4),
-    (_copying, 8),
+    (_copying, 12),
     (_dialogue, 30),
-    (_noisy, 7),
+    (_noisy, 3),
 )
 _SORTS, _SHARES = tuple(zip(*SORTS, strict=True))
 

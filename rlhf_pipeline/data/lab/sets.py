@@ -24,7 +24,6 @@ class Set:
 
     row: Callable[[random.Random], Row]
     kind: str
-    size: int  # rows, unless told otherwise
 
 
 def _prompt(task: Task) -> list[dict[str, str]]:
@@ -58,18 +57,18 @@ def _only_prompt(rng: random.Random, *, held_out: bool) -> Row:
 
 
 SETS: dict[str, Set] = {
-    "documents": Set(row=document, kind="text", size=12_000),
-    "demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=False), kind="demonstration", size=5_000),
-    "rankings": Set(row=lambda rng: _ranking(rng, held_out=False), kind="ranking", size=2_000),
-    "prompts": Set(row=lambda rng: _only_prompt(rng, held_out=False), kind="prompt", size=4_000),
-    "heldout_prompts": Set(row=lambda rng: _only_prompt(rng, held_out=True), kind="prompt", size=500),
-    "heldout_demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=True), kind="demonstration", size=500),
-    "heldout_rankings": Set(row=lambda rng: _ranking(rng, held_out=True), kind="ranking", size=400),
+    "documents": Set(row=document, kind="text"),
+    "demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=False), kind="demonstration"),
+    "rankings": Set(row=lambda rng: _ranking(rng, held_out=False), kind="ranking"),
+    "prompts": Set(row=lambda rng: _only_prompt(rng, held_out=False), kind="prompt"),
+    "heldout_prompts": Set(row=lambda rng: _only_prompt(rng, held_out=True), kind="prompt"),
+    "heldout_demonstrations": Set(row=lambda rng: _demonstration(rng, held_out=True), kind="demonstration"),
+    "heldout_rankings": Set(row=lambda rng: _ranking(rng, held_out=True), kind="ranking"),
 }
 
 
-def rows(set_name: str, *, count: int | None = None, seed: int = 0) -> Iterator[Row]:
-    """The first `count` rows of a set (its own size if None). Row i depends on the set, `seed` and i alone.
+def rows(set_name: str, *, count: int, seed: int = 0) -> Iterator[Row]:
+    """The first `count` rows of a set. Row i depends on the set, `seed` and i alone.
 
     Raises:
         UserError: for a set that does not exist.
@@ -77,5 +76,5 @@ def rows(set_name: str, *, count: int | None = None, seed: int = 0) -> Iterator[
     if set_name not in SETS:
         raise UserError(f"the demo lab has no set {set_name!r}; there are {', '.join(SETS)}")
     chosen = SETS[set_name]
-    for i in range(chosen.size if count is None else count):
+    for i in range(count):
         yield chosen.row(random.Random(f"{set_name} {seed} {i}"))
