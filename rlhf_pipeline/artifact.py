@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,7 @@ from rlhf_pipeline.files import disk_errors, publish, sha256, write_json
 
 FORMAT = 1
 MANIFEST = "artifact.json"
+ADAPTER = "adapter"
 
 
 class Kind(StrEnum):
@@ -60,15 +62,24 @@ class Manifest:
     reward_scale: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
-    files: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    files: dict[str, str] = field(default_factory=dict)  # name, of those in folders folder/name -> sha256
     content_hash: str = ""
     format: int = FORMAT
 
 
 def save(
-    path: Path, *, model: Any, weights: dict[str, Tensor], tokenizer: Any, manifest: dict[str, Any], kept: str = ""
+    path: Path,
+    *,
+    model: Any,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    manifest: dict[str, Any],
+    adapter: Callable[[Path], None] | None = None,
+    kept: str = "",
 ) -> Manifest:
     """Write an artifact; called by one process. `weights` is the full state dict, `manifest` the fields we do not know.
+
+    `adapter` writes a peft adapter into the folder that it is given, beside the model that it is merged into.
 
     Raises:
         UserError: when the disk is full; an artifact that was at `path` stays.
@@ -79,7 +90,9 @@ def save(
         partial.mkdir(parents=True)
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
-        files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        if adapter is not None:
+            adapter(partial / ADAPTER)
+        files = {str(f.relative_to(partial)): sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()}
         complete = Manifest(
             **manifest,
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},

@@ -7,6 +7,7 @@ schedule or rotate checkpoints. Nothing is left to a DeepSpeed default: it would
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -162,6 +163,28 @@ class Engine:
             found |= {name: t.detach().cpu() for name, t in inner.state_dict().items() if name in buffers}
         return found
 
+    def fingerprint_frozen(self) -> str:
+        """Of the weights that are not trained and so are in no state: sums of their bits, alike on any layout.
+
+        Empty where all are trained. Under ZeRO-3 every rank calls it.
+        """
+        frozen = sorted((name, p) for p, name in self.names.items() if not p.requires_grad)
+        if not frozen:
+            return ""
+        sums = torch.stack([_sum_of_bits(self._own_part(p)) for _, p in frozen])
+        if self.zero_stage == 3:
+            torch.distributed.all_reduce(sums)
+        text = " ".join(f"{name}:{total}" for (name, _), total in zip(frozen, sums.tolist(), strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _own_part(self, parameter: Any) -> Tensor:
+        """What this process holds of a parameter, without padding."""
+        if self.zero_stage < 3:
+            return parameter.data
+        start = torch.distributed.get_rank() * parameter.partition_numel()
+        numel = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+        return parameter.ds_tensor.data.view(-1)[:numel].to(self.device)
+
     def slices(self) -> list[Slice]:
         """The training state that this rank owns; the tensors are views, to be read or written in place.
 
@@ -240,6 +263,11 @@ class Engine:
         tensors = {MASTER: flat.data.narrow(0, offset, numel)}
         tensors |= {key: state[key].narrow(0, offset, numel) for key in MOMENTS}
         return [Slice(name, start, tensors)]
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

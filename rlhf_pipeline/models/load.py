@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +11,39 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.config.schema import Architecture, Attention, Dtype, ModelConfig, ShapeConfig
+from rlhf_pipeline.config.schema import Architecture, Attention, Dtype, LoraConfig, ModelConfig, Quantise, ShapeConfig
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.models import lora as adapters
 from rlhf_pipeline.models.tree_model import FULL, TreeModel
 
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
 def load_policy(
-    model: ModelConfig, *, tokenizer: Any, seed: int, device: torch.device, deepspeed_config: dict[str, Any] | None
+    model: ModelConfig,
+    *,
+    lora: LoraConfig | None = None,
+    tokenizer: Any,
+    seed: int,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None,
 ) -> TreeModel:
     """The trainable model of a stage, on the CPU (or partitioned, when `deepspeed_config` is a ZeRO-3 one).
 
+    With `lora` it is frozen and has adapters; a quantised one is on `device`.
+
     Raises:
-        UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees.
+        UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees;
+            when it cannot be adapted as `lora` says.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and saving; the run has one of its own
     with zero3_construction(deepspeed_config):
-        inner = _from_shape(model, seed) if model.shape else _from_pretrained(model)
+        inner = _from_shape(model, seed) if model.shape else _from_pretrained(model, lora, device)
     set_special_ids(inner, tokenizer)
+    if lora is not None:
+        adapters.add_adapters(inner, lora, seed=seed, dtype=TORCH_DTYPES[model.dtype])
     if model.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     policy = TreeModel(inner)
@@ -71,26 +85,77 @@ def zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None
         del kept_alive
 
 
-def _from_pretrained(model: ModelConfig) -> Any:
+def _from_pretrained(model: ModelConfig, lora: LoraConfig | None, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(model.path)
+    adapter = _adapter_settings(model)
+    if adapter is not None:
+        return _from_adapter(model, lora, device, adapter)
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if not Path(path).is_dir():
         options["revision"] = model.revision
+    quantised = adapters.quantisation(lora, TORCH_DTYPES[model.dtype], device)
     try:
         config = AutoConfig.from_pretrained(path, **options)
+        if lora is not None and getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"model.path={path}: is quantised already; take the model it was made of, with lora=qlora")
         set_dropout(config, model.dropout)
-        options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype]}
+        options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype], **quantised}
         try:
-            return AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
+            inner = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
         except ValueError as error:
             if "attention" not in str(error):
                 raise
             # Families without scaled-dot-product attention say so here; their own attention takes the same mask.
-            return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+            inner = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={path}: cannot be opened as a causal language model: {error}") from error
+    except (RuntimeError, ImportError) as error:
+        if not quantised:
+            raise
+        raise UserError(f"lora.quantise: {path} cannot be quantised on {device.type}: {error}") from error
+    if quantised:
+        adapters.settle_quantised(inner)
+    return inner
+
+
+def _adapter_settings(model: ModelConfig) -> dict[str, Any] | None:
+    """The adapter_config.json of a `model.path` that holds a peft adapter and no model."""
+    path = Path(str(model.path))
+    if not path.is_dir() or (path / "config.json").exists() or not (path / "adapter_config.json").is_file():
+        return None
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{path / 'adapter_config.json'}: not valid JSON ({error})") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _from_adapter(model: ModelConfig, lora: LoraConfig | None, device: torch.device, settings: dict[str, Any]) -> Any:
+    """The base model that an adapter names, with the adapter merged into it in fp32."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"model.path={model.path}: holds an adapter that does not say of which model; merge the two first"
+        )
+    for problem, found in (
+        ("engine.zero_stage=3", is_deepspeed_zero3_enabled()),
+        ("lora.quantise", lora is not None and lora.quantise is not Quantise.none),
+    ):
+        if found:
+            raise UserError(
+                f"{problem}: model.path={model.path} holds an adapter of {base}, which has to be merged first: "
+                f"PeftModel.from_pretrained(<{base}>, {str(model.path)!r}).merge_and_unload().save_pretrained(<folder>)"
+            )
+    wide = dataclasses.replace(model, path=str(base), revision=settings.get("revision"), dtype=Dtype.float32)
+    try:
+        inner = _from_pretrained(wide, None, device)
+    except UserError as error:
+        raise UserError(f"model.path={model.path}: holds an adapter of {base}: {error}") from error
+    return adapters.with_adapter_merged(inner, str(model.path)).to(TORCH_DTYPES[model.dtype])
 
 
 def _from_shape(model: ModelConfig, seed: int) -> Any:

@@ -82,8 +82,13 @@ class TreeModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, also where this process holds a partition of each."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())
+        """Parameters of the whole model, also where this process holds a partition of each, or holds them quantised."""
+        return sum(_numel(p) for p in self.parameters())
+
+    @property
+    def num_trained(self) -> int:
+        """Those among them that are trained: with adapters, the adapters."""
+        return sum(_numel(p) for p in self.parameters() if p.requires_grad)
 
     def use_attention(self, attention: Attention) -> None:
         """Switch to `dense`, `paths` or `block`; whether the model can do it is the self-check's to say."""
@@ -132,6 +137,11 @@ class LogProbHead(nn.Module):
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         return linear_logprobs(hidden, self.weight, target)
+
+
+def _numel(parameter: Any) -> int:
+    quantised = getattr(parameter, "quant_state", None)  # several elements in a byte; it knows the shape they had
+    return int(quantised.shape.numel() if quantised is not None else getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def attention_kinds(config: Any) -> list[str]:
