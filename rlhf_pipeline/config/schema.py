@@ -172,8 +172,8 @@ class LabConfig:
     """The generated world (docs/lab.md): its seed, and how many rows each lab:<set> has."""
 
     seed: int = 0
-    documents: int = 12_000
-    demonstrations: int = 5_000
+    documents: int = 40_000
+    demonstrations: int = 12_000
     rankings: int = 2_000
     prompts: int = 4_000
     heldout_demonstrations: int = 500

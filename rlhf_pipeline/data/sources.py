@@ -313,16 +313,14 @@ def _table(path: Path, file: BinaryIO, delimiter: str) -> Iterator[Row]:
         elif any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
             value = BadRow("not UTF-8")
         else:
-            value = dict(zip(header, cells, strict=True))
+            value = {name: cell for name, cell in zip(header, cells, strict=True) if name}  # pandas' index has none
         yield Row(origin, value)
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
     if any("\udc80" <= char <= "\udcff" or char == "\0" for name in names for char in name):
         raise UserError(f"{path}: the column names are not UTF-8; save the file as UTF-8")
-    if not all(name.strip() for name in names):
-        raise UserError(f"{path}: a column has no name; give it one or take it out")
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+    if twice := [name for number, name in enumerate(names) if name and name in names[:number]]:
         raise UserError(f"{path}: a column named {twice[0]!r} is there more than once; rename one or take it out")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rlhf_pipeline.artifact import Kind, Parent
 from rlhf_pipeline.config.identity import plain
 from rlhf_pipeline.config.schema import Attention
 from rlhf_pipeline.config.stages import StageConfig
-from rlhf_pipeline.data import order
+from rlhf_pipeline.data import stage
 from rlhf_pipeline.data.loader import Layout, TreeStream
 from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.data.prompts import Renderer
@@ -26,6 +27,7 @@ from rlhf_pipeline.fit import Schedule, Step, Stopped, fit
 from rlhf_pipeline.functional.losses.lm import negative_log_likelihood
 from rlhf_pipeline.functional.terms import Term
 from rlhf_pipeline.machine import measure_peak_flops, training_flops_per_token
+from rlhf_pipeline.models import lora
 from rlhf_pipeline.models.load import TORCH_DTYPES, load_policy
 from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import BLOCK_MULTIPLE, TreeBatch, TreeModel
@@ -64,7 +66,7 @@ def train(
         rank=runtime.rank(),
         num_ranks=runtime.world_size(),
     )
-    batch_order = _order(config, data[names[0]])
+    batch_order = stage.batch_order(config, data[names[0]])
     stream = TreeStream(data=list(data.values()), order=batch_order, layout=layout, mix_ratio=mix_ratio)
     num_steps = min(batch_order.num_steps, config.train.max_steps or batch_order.num_steps)
     held_out = HeldOut(heldout, layout, config.evaluation, seed=config.seed)
@@ -136,18 +138,16 @@ def loss_counts(micro: PackedTrees, names: list[str]) -> dict[str, float]:
 def _model(config: StageConfig, renderer: Renderer, device: torch.device) -> tuple[TreeModel, Engine]:
     json = deepspeed_json(config.engine, dtype=config.model.dtype, max_grad_norm=config.optim.max_grad_norm)
     policy = load_policy(
-        config.model, tokenizer=renderer.tokenizer, seed=config.seed, device=device, deepspeed_config=json
+        config.model,
+        lora=config.lora,
+        tokenizer=renderer.tokenizer,
+        seed=config.seed,
+        device=device,
+        deepspeed_config=json,
     )
     engine = Engine(policy, engine=config.engine, optim=config.optim, dtype=config.model.dtype, device=device)
     self_check(policy, device)
     return policy, engine
-
-
-def _order(config: StageConfig, data: TreeDataset) -> order.BatchOrder:
-    if config.batch.tokens is not None:
-        return order.by_tokens(data.lengths, batch=config.batch.tokens, epochs=config.train.epochs, seed=config.seed)
-    assert config.batch.examples is not None
-    return order.by_examples(len(data), batch=config.batch.examples, epochs=config.train.epochs, seed=config.seed)
 
 
 def _tracker(config: StageConfig, run: Run) -> Tracker:
@@ -178,7 +178,7 @@ def _restore(
     """Load the run's state, if there is one. Returns what later states are to say about themselves.
 
     Raises:
-        UserError: when the data, or the artifact it started from, are not those that the run began with.
+        UserError: when the data, or the model it started from, are not those that the run began with.
     """
     for warning in run.warnings:
         tracker.warn(warning)
@@ -187,18 +187,20 @@ def _restore(
         "dtype": config.model.dtype.value,
         "data": {name: one.fingerprint for name, one in data.items()},
         "parents": {name: one.content_hash for name, one in parents.items()},
+        "frozen": engine.fingerprint_frozen(),
         "torch": torch.__version__,
     }
     if run.state is not None:
         before = run.state.meta
-        for what, called in (("data", "data"), ("parents", f"contents of model.path={config.model.path}")):
-            if before[what] != meta[what]:
+        contents = f"contents of model.path={config.model.path}"
+        for what, called in (("data", "data"), ("parents", contents), ("frozen", contents)):
+            if before.get(what, "") != meta[what]:
                 raise UserError(
                     f"{run.folder}: the {called} have changed since the run began; put them back, choose another "
                     f"name=..., or remove {run.folder} to begin again"
                 )
         now = {**meta, "num_processes": runtime.world_size(), "zero_stage": engine.zero_stage}
-        changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before[key] != value]
+        changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before.get(key, "") != value]
         if changed:
             tracker.warn(f"results may differ in the last bits from an undisturbed run ({'; '.join(changed)})")
         resume.load(run.state, engine)
@@ -238,29 +240,47 @@ def _hand_over(  # noqa: PLR0913 - each is part of what is handed over
             "data": {name: {"fingerprint": one.fingerprint, "counts": plain(one.counts)} for name, one in data.items()},
             "metrics": metrics,
         }
+        adapter = None
+        if config.lora is not None:
+            weights, adapters = lora.merge(weights, policy.inner)
+            if not config.lora.merge:
+                adapter = partial(
+                    lora.save_adapters,
+                    inner=policy.inner,
+                    adapters=adapters,
+                    base=str(config.model.path),
+                    revision=config.model.revision,
+                )
         target = run.epoch_artifact(epoch)
-        artifact.save(target, model=policy.inner, weights=weights, tokenizer=tokenizer, manifest=manifest)
+        artifact.save(
+            target, model=policy.inner, weights=weights, tokenizer=tokenizer, manifest=manifest, adapter=adapter
+        )
         artifact.link(target, run.artifact)
 
 
 def _summary(run: Run, num_steps: int, policy: TreeModel, data: Mapping[str, TreeDataset], heldout: TreeDataset) -> str:
     sizes = ", ".join(f"{len(d):,} {name} examples ({int(d.lengths.sum()):,} tokens)" for name, d in data.items())
+    trained = f" ({policy.num_trained:,} trained)" if policy.num_trained < policy.num_parameters else ""
     return (
-        f"{policy.num_parameters:,} parameters, {policy.attention.value} attention; {sizes}, {len(heldout):,} held out; "
-        f"{num_steps:,} steps in {run.folder}"
+        f"{policy.num_parameters:,} parameters{trained}, {policy.attention.value} attention; {sizes}, "
+        f"{len(heldout):,} held out; {num_steps:,} steps in {run.folder}"
     )
 
 
 def _flops_per_token(policy: TreeModel, data: TreeDataset) -> float:
     shape = policy.inner.config.get_text_config()
-    tables = {policy.inner.get_input_embeddings().weight, policy.inner.get_output_embeddings().weight}
-    embeddings = sum(getattr(t, "ds_numel", t.numel()) for t in tables)
+    head = policy.inner.get_output_embeddings().weight
+    tables = {policy.inner.get_input_embeddings().weight, head}
+    sizes = {table: getattr(table, "ds_numel", table.numel()) for table in tables}
+    body = policy.num_parameters - sum(sizes.values())
+    trained = policy.num_trained - sum(size for table, size in sizes.items() if table.requires_grad)
     lengths = data.lengths.astype(float)
+    # Of the three passes through a weight (forward, gradient of its input, its own gradient) a frozen one has two.
     return training_flops_per_token(
-        num_parameters_without_embedding=policy.num_parameters - embeddings,
+        num_parameters_without_embedding=(2 * body + trained) // 3,
         num_layers=shape.num_hidden_layers,
         hidden=shape.hidden_size,
         mean_context=float((lengths * (lengths + 1) / 2).sum() / lengths.sum()),
         vocab_size=shape.vocab_size,
-        scored_share=float(data.targets.sum() / lengths.sum()),
+        scored_share=float(data.targets.sum() / lengths.sum()) * (1 if head.requires_grad else 2 / 3),
     )

@@ -8,9 +8,8 @@ from __future__ import annotations
 from rlhf_pipeline import artifact, runtime
 from rlhf_pipeline.artifact import Kind
 from rlhf_pipeline.config.stages import SftConfig
-from rlhf_pipeline.data import prepare
-from rlhf_pipeline.data.prompts import Renderer
-from rlhf_pipeline.data.tokenizer import open_tokenizer
+from rlhf_pipeline.data import stage
+from rlhf_pipeline.data.progress import terminal_progress
 from rlhf_pipeline.recipes import language_model
 from rlhf_pipeline.run import open_run
 
@@ -27,15 +26,11 @@ def main(config: SftConfig) -> None:
 
     # 1 The model to start from, and its tokenizer with the chat template
     parents = {"model": artifact.parent(config.model.path, kind=Kind.policy)} if config.model.path else {}
-    source = config.tokenizer.path or config.model.path
-    assert source is not None, "the config check lets no SFT pass without a tokenizer"
-    renderer = Renderer(open_tokenizer(source, config.tokenizer, trust_remote_code=config.model.trust_remote_code))
+    renderer = stage.open_renderer(config)
 
-    # 2 Demonstrations, rendered and tokenised before any process group exists
-    train, heldout = prepare.train_and_heldout(config.data, renderer, kind="demonstration", seed=config.seed)
-    data = {"demonstrations": train}
-    if config.mix.ratio > 0:
-        data["pretraining"] = prepare.mixed_in(config.mix, config.data, renderer)
+    # 2 Demonstrations, and text to mix in, rendered and tokenised before any process group exists
+    with terminal_progress() as progress:
+        data, heldout = stage.data_sets(config, renderer, progress=progress)
 
     # 3 Train and hand over
     language_model.train(

@@ -14,7 +14,7 @@ from rlhf_pipeline.config.compose import compose_node, examine
 from rlhf_pipeline.config.stages import STAGES
 
 CONF = config.config_dir()
-FILES = sorted(CONF.rglob("*.yaml"))
+FILES = sorted(path for path in CONF.rglob("*.yaml") if path.parent.name != "data_templates")  # those are data
 PRIMARIES = [path.stem for path in FILES if path.parent == CONF]
 EXPERIMENTS = [path for path in FILES if path.parent.name == "experiment"]
 OPTIONS = [path for path in FILES if path.parent != CONF and path not in EXPERIMENTS]

@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 COMMON = ["name=golden", "train.max_steps=20", "evaluation.every=0", "evaluation.before=false", *TINY_RUN]
 RUNS = {
     "pretrain": [
-        "data.train=demo:documents",
-        "data.max_examples=500",
+        "data.train=lab:documents",
+        "data.lab.documents=500",
         "data.max_length=96",
         "tokenizer.train_documents=500",
         "train.epochs=2",
@@ -33,12 +33,13 @@ RUNS = {
         "model.shape.context=256",
     ],
     "sft": [
-        "data.train=demo:dialogues",
-        "data.max_examples=300",
+        "data.train=lab:demonstrations",
+        "data.lab.demonstrations=300",
+        "data.lab.documents=300",
         "data.max_length=96",
         "data.max_prompt_length=64",
         "model.path=runs/golden/pretrain/artifact",
-        "mix.train=demo:documents",
+        "mix.train=lab:documents",
         "mix.ratio=0.2",
         "batch.examples=16",
         "batch.row_length=256",

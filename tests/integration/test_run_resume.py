@@ -306,9 +306,11 @@ def test_a_run_cut_short_where_it_stands_has_an_artifact(folder: Path, paused: P
 
 def test_two_processes_do_not_work_on_one_run(folder: Path, paused: Path, rlhf: Forks) -> None:
     copy_run(paused, run_of(folder, "contested"))
-    first = rlhf.start(folder, *TRAIN, "name=contested", "evaluation.every=1", "evaluation.sample_tokens=64")
+    first = rlhf.start(folder, *TRAIN, "name=contested", "evaluation.every=1")
     wait_for(lambda: "held out" in first.output, first)
-    second = rlhf.run(folder, *TRAIN, "name=contested", "evaluation.every=1", "evaluation.sample_tokens=64", code=2)
+    first.signal(signal.SIGSTOP)  # it cannot end before the second one comes
+    second = rlhf.run(folder, *TRAIN, "name=contested", "evaluation.every=1", code=2)
+    first.signal(signal.SIGCONT)
     assert "another process is at work" in second.output and "Traceback" not in second.output
     first.wait()
 
@@ -318,7 +320,7 @@ def test_kill_9_while_the_tokenizer_is_written(folder: Path, monkeypatch: pytest
     from transformers import PreTrainedTokenizerFast
 
     from rlhf_pipeline import config
-    from rlhf_pipeline.recipes import pretrain
+    from rlhf_pipeline.data import stage
 
     class Killed(Exception):
         pass
@@ -328,16 +330,14 @@ def test_kill_9_while_the_tokenizer_is_written(folder: Path, monkeypatch: pytest
         (place / "tokenizer_config.json").write_text("{}")
         raise Killed
 
-    (folder / "runs/tokenizer").mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(folder)
-    setup = config.load("pretrain", TRAIN[1:])
-    place = folder / "runs/tokenizer/tokenizer"
+    setup = config.load("pretrain", [*TRAIN[1:], "name=tokenizer"])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", half_of_it)
-        pretrain._own_tokenizer(setup, place)
-    made = pretrain._own_tokenizer(setup, place)
+        stage.open_renderer(setup)
+    made = stage.open_renderer(setup).tokenizer
     assert len(made) > 300 and made.chat_template
-    assert pretrain._own_tokenizer(setup, place).get_vocab() == made.get_vocab()
+    assert stage.open_renderer(setup).tokenizer.get_vocab() == made.get_vocab()
 
 
 def test_a_sweep_is_as_many_runs(folder: Path, undisturbed: Path, rlhf: Forks) -> None:

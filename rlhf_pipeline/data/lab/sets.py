@@ -31,9 +31,11 @@ def _prompt(task: Task) -> list[dict[str, str]]:
 
 
 def _demonstration(rng: random.Random, *, held_out: bool) -> Row:
+    """The last answer is the one to learn: earlier ones are part of the prompt, and of weight 0."""
     task = make(rng, held_out=held_out)
+    prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in _prompt(task)]
     answer = {"role": "assistant", "content": rng.choice(task.references)}
-    return {"messages": [*_prompt(task), answer], "category": task.category, "task": task.type}
+    return {"messages": [*prompt, answer], "category": task.category, "task": task.type}
 
 
 def _ranking(rng: random.Random, *, held_out: bool) -> Row:

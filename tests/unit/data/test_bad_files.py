@@ -406,7 +406,7 @@ def test_latin_1(complaint: Complaint) -> None:
         (b"Sky?,Blue.\nGrass?,Green.\n", "no format makes a demonstration of rows with .*Sky"),
         (b"prompt,response\n", "none of 0 rows is left"),
         (b"prompt,response,response\na,b,c\n", "'?response'?.*(twice|more than once)"),
-        (b"prompt,response,,\na,b,c,d\n", "no name"),
+        (b"prompt,,\na,b,c\n", "no format makes a demonstration of rows with the fields prompt .a string.. "),
         (b"prompt,x\ry\n1,2\n", "carriage return|new-line|not CSV"),
         (b"prompt,response\r1,2\r", "carriage return|new-line|not CSV"),
         (b'prompt,"response\na,b\n', "not CSV|quot"),
