@@ -172,7 +172,7 @@ class LabConfig:
     """The generated world (docs/lab.md): its seed, and how many rows each lab:<set> has."""
 
     seed: int = 0
-    documents: int = 40_000
+    documents: int = 50_000
     demonstrations: int = 12_000
     rankings: int = 2_000
     prompts: int = 4_000

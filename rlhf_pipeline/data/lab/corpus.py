@@ -130,7 +130,7 @@ def _copying(rng: random.Random) -> Document:
 def _dialogue(rng: random.Random) -> Document:
     """Tasks of the training side with answers of every quality, two thirds of them not the reference."""
     lines, qualities = [], []
-    for _ in range(rng.choice((1, 1, 2))):
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
         task = make(rng)
         answer = candidate(task, rng)
         qualities.append(answer in task.references)
@@ -158,7 +158,7 @@ def _noisy(rng: random.Random) -> Document:
     return " ".join(said), "noisy"
 
 
-# Each sort of document and its share in hundred.
+# Each sort of document and its weight.
 SORTS: tuple[tuple[Callable[[random.Random], Document], int], ...] = (
     (_portrait, 12),
     (_neighbours, 6),
@@ -168,14 +168,18 @@ SORTS: tuple[tuple[Callable[[random.Random], Document], int], ...] = (
     (_feelings, 4),
     (_tools, 4),
     (_copying, 12),
-    (_dialogue, 30),
+    (_dialogue, 50),
     (_noisy, 3),
 )
 _SORTS, _SHARES = tuple(zip(*SORTS, strict=True))
 
 
 def document(rng: random.Random) -> dict[str, str]:
-    """One document, a page of one sort: {"text", "quality"}; quality is good, exercise, mixed (answers) or noisy."""
+    """One document, a page of one sort: {"text", "quality"}; quality is good, exercise, mixed (answers) or noisy.
+
+    A conversation is a page by itself, so that what follows an answer is another question or the end.
+    """
     sort = rng.choices(_SORTS, _SHARES)[0]
-    texts, qualities = zip(*(sort(rng) for _ in range(rng.choice((1, 2, 3, 4)))), strict=True)
+    pieces = 1 if sort is _dialogue else rng.choice((1, 2, 3, 4))
+    texts, qualities = zip(*(sort(rng) for _ in range(pieces)), strict=True)
     return {"text": "\n".join(texts), "quality": "mixed" if "mixed" in qualities else qualities[0]}
