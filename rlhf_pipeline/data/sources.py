@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 DOCUMENT_END = b"<|endoftext|>"  # alone on a line of a .txt file: ends a document
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 SPLITS = ("train", "validation", "valid", "dev", "eval", "test")
+_ALSO = {"training": "train", "val": "validation", "evaluation": "eval", "testing": "test"}  # in names of files
 
-_LOCAL_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+_LOCAL_SPLIT = re.compile(rf"(?<![a-z])({'|'.join((*SPLITS, *_ALSO))})(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _PIECE = 2**20  # bytes of a JSON array that are read at a time
@@ -148,15 +149,19 @@ def _folder(folder: Path, split: str) -> list[Path]:
     ]
     if not files:
         raise UserError(f"{folder}: no data files in it; known are {', '.join(SUFFIXES)}, also as .gz")
-    named = {file: set(_LOCAL_SPLIT.findall(str(file.relative_to(folder)).lower())) for file in files}
+    named = {
+        file: {_ALSO.get(name, name) for name in _LOCAL_SPLIT.findall(str(file.relative_to(folder)).lower())}
+        for file in files
+    }
     if not any(named.values()):
         return files
-    unnamed = [file.name for file in files if not named[file]]
-    files = [file for file in files if split in named[file]]
-    if unnamed or not files:
+    doubtful = [file for file in files if len(named[file]) != 1]
+    files = [file for file in files if _ALSO.get(split, split) in named[file]]
+    if doubtful or not files:
+        how = "none, others are" if doubtful and not named[doubtful[0]] else "several"
         raise UserError(
             f"{folder}: cannot tell which files are its split {split!r}: "
-            + (f"{unnamed[0]} is named for none, others are" if unnamed else "none is named for it")
+            + (f"{doubtful[0].name} is named for {how}" if doubtful else "none is named for it")
             + "; name the files instead of the folder"
         )
     return files

@@ -127,7 +127,8 @@ class Conversation:
             except BadRow as error:
                 raise UserError(str(error)) from error
             self.left_out = start
-            if context is None or len(tokens) + self.options.max_new_tokens <= context:
+            # Room for a whole answer, but history does not give way to more than half of a small context.
+            if context is None or len(tokens) + min(self.options.max_new_tokens, context // 2) <= context:
                 return tokens
         if len(tokens) >= (context or 0):
             raise UserError(f"the message has {len(tokens)} tokens with its frame; the model's context is {context}")

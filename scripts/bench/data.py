@@ -23,10 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Name, kind, and how often its rows are repeated for speed: sources of a few thousand rows stay in one process.
 FILES = {
-    "IMDb reviews": ("imdb_train.jsonl.gz", "text"),
-    "HH harmless": ("hh_harmless.jsonl.gz", "ranking"),
-    "UltraFeedback": ("ultrafeedback_train.jsonl.gz", "ranking"),
+    "IMDb reviews": ("imdb_train.jsonl.gz", "text", 1),
+    "HH harmless": ("hh_harmless.jsonl.gz", "ranking", 10),
+    "UltraFeedback": ("ultrafeedback_train.jsonl.gz", "ranking", 10),
 }
 SOURCE_OF_MEMORY = "IMDb reviews"
 VOCAB_SIZE = 8192
@@ -48,18 +49,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = arguments.tokenizer or own_tokenizer(Path(arguments.data), Path(folder))
-        print_speed(arguments, tokenizer)
+        print_speed(arguments, tokenizer, Path(folder))
         if not arguments.skip_memory:
             print_memory(arguments, tokenizer, Path(folder))
 
 
-def print_speed(arguments: argparse.Namespace, tokenizer: str) -> None:
+def print_speed(arguments: argparse.Namespace, tokenizer: str, folder: Path) -> None:
     print("| rows | kind | processes | rows/s | min-max | tokens/s | seconds |\n|---|---|---|---|---|---|---|")
-    for title, (name, kind) in FILES.items():
+    for title, (name, kind, times) in FILES.items():
+        path = repeated(arguments.data / name, times, folder)
         taken: dict[int, list[dict[str, Any]]] = {workers: [] for workers in arguments.workers}
         for _ in range(arguments.rounds):  # taking turns, so that a busy moment hits both
             for workers, found in taken.items():
-                found.append(apart(path=str(arguments.data / name), kind=kind, workers=workers, tokenizer=tokenizer))
+                found.append(apart(path=str(path), kind=kind, workers=workers, tokenizer=tokenizer))
         for workers, found in taken.items():
             speeds = sorted(one["rows"] / one["seconds"] for one in found)
             seconds = statistics.median(one["seconds"] for one in found)
@@ -72,19 +74,25 @@ def print_speed(arguments: argparse.Namespace, tokenizer: str) -> None:
 
 
 def print_memory(arguments: argparse.Namespace, tokenizer: str, folder: Path) -> None:
-    name, kind = FILES[SOURCE_OF_MEMORY]
+    name, kind, _ = FILES[SOURCE_OF_MEMORY]
     print("\n| rows | processes | peak MB | of which before the first row |\n|---|---|---|---|")
     for times in (1, arguments.times):
-        path = folder / f"{times}.jsonl.gz"
-        with gzip.open(arguments.data / name) as source:
+        path = repeated(arguments.data / name, times, folder)
+        for workers in arguments.workers:
+            found = apart(path=str(path), kind=kind, workers=workers, tokenizer=tokenizer, watched=True)
+            print(f"| {found['rows']:,} | {workers} | {found['peak']:,.0f} | {found['before']:,.0f} |", flush=True)
+
+
+def repeated(file: Path, times: int, folder: Path) -> Path:
+    """The same rows `times` over, in a new file."""
+    path = folder / f"{times}-{file.name}"
+    if not path.exists():
+        with gzip.open(file) as source:
             content = source.read()
         with gzip.open(path, "wb", compresslevel=1) as sink:
             for _ in range(times):
                 sink.write(content)
-        del content
-        for workers in arguments.workers:
-            found = apart(path=str(path), kind=kind, workers=workers, tokenizer=tokenizer)
-            print(f"| {found['rows']:,} | {workers} | {found['peak']:,.0f} | {found['before']:,.0f} |", flush=True)
+    return path
 
 
 def apart(**what: Any) -> dict[str, Any]:
@@ -93,8 +101,8 @@ def apart(**what: Any) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def measure(*, path: str, kind: Any, workers: int, tokenizer: str) -> dict[str, Any]:
-    """Build one cache file."""
+def measure(*, path: str, kind: Any, workers: int, tokenizer: str, watched: bool = False) -> dict[str, Any]:
+    """Build one cache file. To watch memory takes time of its own: where speed is measured nobody does."""
     from transformers import AutoTokenizer
 
     from rlhf_pipeline.data.dataset import Source, build
@@ -113,7 +121,8 @@ def measure(*, path: str, kind: Any, workers: int, tokenizer: str) -> dict[str, 
 
     watcher = threading.Thread(target=watch)
     cache = Path(tempfile.mkdtemp())
-    watcher.start()
+    if watched:
+        watcher.start()
     start = time.perf_counter()
     try:
         source = Source(path=path, kind=kind, on_bad_row="skip")
@@ -121,7 +130,8 @@ def measure(*, path: str, kind: Any, workers: int, tokenizer: str) -> dict[str, 
         seconds = time.perf_counter() - start
     finally:
         ended.set()
-        watcher.join()
+        if watched:
+            watcher.join()
         shutil.rmtree(cache)
     counts = data.counts
     return {"rows": counts.rows, "tokens": counts.tokens, "seconds": seconds, "peak": peak, "before": before}

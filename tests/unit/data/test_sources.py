@@ -163,6 +163,16 @@ def test_folder_with_splits_gives_the_named_split_only(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_splits_by_other_names(tmp_path: Path) -> None:
+    _write(tmp_path, "training.jsonl", "testing.jsonl", "my_val.jsonl")
+    assert [value["from"] for _, value in read(tmp_path)] == ["training.jsonl"]
+    assert [value["from"] for _, value in read(tmp_path, "validation")] == ["my_val.jsonl"]
+    assert read(tmp_path, "val") == read(tmp_path, "validation")
+    _write(tmp_path, "train-test.jsonl")
+    with pytest.raises(UserError, match=r"train-test\.jsonl is named for several"):
+        read(tmp_path)
+
+
 def test_missing_file_names_near_ones(tmp_path: Path) -> None:
     _write(tmp_path, "demonstrations.jsonl")
     with pytest.raises(UserError, match=r"demonstration\.jsonl: no such file; in .* there is demonstrations\.jsonl"):

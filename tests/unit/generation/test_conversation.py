@@ -87,6 +87,15 @@ def test_the_oldest_turns_are_left_out_when_the_context_is_full(parts: tuple[Any
     assert len(earlier) + 12 > 128, "no more than needed is left out"
 
 
+def test_an_answer_as_long_as_the_context_does_not_push_out_short_history(parts: tuple[Any, Any]) -> None:
+    conversation = talk(parts, max_new_tokens=500)
+    for text in ("the cat?", "who sits?"):
+        stream = conversation.ask(text)
+        next(stream, None)
+        stream.close()
+        assert conversation.left_out == 0
+
+
 def test_a_message_longer_than_the_context_is_refused_and_forgotten(parts: tuple[Any, Any]) -> None:
     conversation = talk(parts)
     "".join(conversation.ask("the cat?"))
