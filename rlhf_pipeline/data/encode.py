@@ -147,7 +147,12 @@ def fit(
     if full_length > lengths.max_prompt_length:
         if lengths.long_prompt == "drop":
             return Encoded(outcome="dropped_long_prompt")
-        prompt = _shorten(prompt, lengths, bos_id)
+        if lengths.long_prompt == "error":
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, more than data.max_prompt_length={lengths.max_prompt_length}. "
+                "Raise it, or set data.long_prompt to drop, keep_end or keep_start"
+            )
+        prompt = shortened(prompt, lengths.max_prompt_length, lengths.long_prompt, bos_id)
     room = lengths.max_length - len(prompt)
     num_long = sum(len(ids) > room for ids, _ in responses)
     if num_long and lengths.long_response == "drop":
@@ -190,14 +195,11 @@ def _join(parts: list[tuple[Segment, np.ndarray]]) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([ids for _, ids in parts]), scored
 
 
-def _shorten(prompt: np.ndarray, lengths: Lengths, bos_id: int | None) -> np.ndarray:
-    limit = lengths.max_prompt_length
-    if lengths.long_prompt == "error":
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, more than data.max_prompt_length={limit}. "
-            "Raise it, or set data.long_prompt to drop, keep_end or keep_start"
-        )
-    if lengths.long_prompt == "keep_start":
+def shortened(
+    prompt: np.ndarray, limit: int, keep: Literal["keep_end", "keep_start"], bos_id: int | None
+) -> np.ndarray:
+    """`limit` tokens of a longer prompt: its start, or its end with the start token where it has one."""
+    if keep == "keep_start":
         return prompt[:limit]
     if prompt[0] == bos_id and limit > 1:
         return np.concatenate([prompt[:1], prompt[len(prompt) - limit + 1 :]])

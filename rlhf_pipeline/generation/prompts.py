@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rlhf_pipeline.config.schema import LongPrompt, OnBadRow, PromptsConfig
 from rlhf_pipeline.data import lab_files
+from rlhf_pipeline.data.encode import shortened
 from rlhf_pipeline.data.formats import detect, to_records
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.records import BadRow, Message, Prompt
@@ -68,7 +69,15 @@ def read_prompts(config: PromptsConfig, renderer: Renderer, *, context: int | No
             counts["long"] += 1
             if config.long_prompt is LongPrompt.drop:
                 continue
-            tokens = _shortened(tokens, limit, config.long_prompt, origin, renderer.tokenizer.bos_token_id)
+            if config.long_prompt is LongPrompt.error:
+                raise UserError(
+                    f"{origin}: the prompt has {len(tokens)} tokens, more than {limit}. Raise prompts.max_prompt_length "
+                    "(the model's context is a limit too), or set prompts.long_prompt to drop, keep_end or keep_start"
+                )
+            keep: Literal["keep_end", "keep_start"] = (
+                "keep_end" if config.long_prompt is LongPrompt.keep_end else "keep_start"
+            )
+            tokens = shortened(tokens, limit, keep, renderer.tokenizer.bos_token_id)
         asked.append(Asked(index=index, origin=origin, messages=messages, columns=columns, tokens=tokens))
     notes = []
     if bad:
@@ -156,17 +165,3 @@ def _object(text: str) -> dict[str, Any] | BadRow:
     except (ValueError, RecursionError) as error:
         return BadRow("not JSON", str(error))
     return value if isinstance(value, dict) else BadRow("not a JSON object", type(value).__name__)
-
-
-def _shortened(tokens: np.ndarray, limit: int, policy: LongPrompt, origin: str, bos_id: int | None) -> np.ndarray:
-    """As `data.encode` does it: the end that is kept keeps the start token."""
-    if policy is LongPrompt.error:
-        raise UserError(
-            f"{origin}: the prompt has {len(tokens)} tokens, more than {limit}. Raise prompts.max_prompt_length (the "
-            "model's context is a limit too), or set prompts.long_prompt to drop, keep_end or keep_start"
-        )
-    if policy is LongPrompt.keep_start:
-        return tokens[:limit]
-    if tokens[0] == bos_id and limit > 1:
-        return np.concatenate([tokens[:1], tokens[len(tokens) - limit + 1 :]])
-    return tokens[len(tokens) - limit :]
