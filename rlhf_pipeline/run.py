@@ -22,6 +22,10 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.tracking import redact
 
+# What a command has worked for. A folder without any of it holds an attempt that came to nothing (a mistake in the name of
+# a file, say), and the next attempt may have another config.
+WORK = ("state", "metrics.jsonl", "artifact", "inputs.json", "responses.jsonl")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -61,7 +65,7 @@ def open_run(config: CommandConfig, stage: str) -> Run:
     if runtime.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-    if marker.is_file():
+    if marker.is_file() and any((folder / name).exists() for name in WORK):
         changed = differences(json.loads(marker.read_text())["identity"], redact(plain(now)))
         if changed:
             lines = "\n".join(f"  - {line}" for line in changed)

@@ -26,7 +26,10 @@ def open_tokenizer(path: str, config: TokenizerConfig, *, trust_remote_code: boo
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be opened there: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no tokenizer can be opened there; name one with tokenizer.path=... ({reason})"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version, which is needed to find where a response begins")
     return with_template(tokenizer, config)

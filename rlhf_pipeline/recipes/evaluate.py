@@ -49,19 +49,21 @@ def _answers(name: str, system: str, config: EvaluateConfig) -> list[dict[str, A
     file = Path(system)
     if file.suffix != ".jsonl":
         file = Path(config.run_dir) / name / "responses.jsonl"
-        generate.main(
-            GenerateConfig(
-                name=config.name,
-                runs=config.runs,
-                run_dir=str(file.parent),
-                seed=config.seed,
-                model=ReadyModelConfig(path=system),
-                tokenizer=config.tokenizer,
-                prompts=config.prompts,
-                sampling=config.sampling,
-                runtime=config.runtime,
-            )
+        asked = GenerateConfig(
+            name=config.name,
+            runs=config.runs,
+            run_dir=str(file.parent),
+            seed=config.seed,
+            model=ReadyModelConfig(path=system),
+            tokenizer=config.tokenizer,
+            prompts=config.prompts,
+            sampling=config.sampling,
+            runtime=config.runtime,
         )
+        try:
+            generate.main(asked)
+        except UserError as error:
+            raise UserError(f"systems.{name}={system}: {error}") from error
     elif not file.is_file():
         raise UserError(f"systems.{name}={system}: there is no such file; name a model, or a file of rlhf generate")
     rows = list(read_lines(file)) if runtime.is_main() else []

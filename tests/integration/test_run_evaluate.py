@@ -92,3 +92,8 @@ def test_answers_to_other_prompts_are_not_compared(rlhf: Forks, tmp_path: Path) 
     answers(tmp_path / "some.jsonl", reference, count=39)
     job = rlhf.run(tmp_path, "evaluate", "systems={all:all.jsonl,some:some.jsonl}", code=2)
     assert "all and some answered other prompts (40 and 39)" in job.output
+
+
+def test_a_system_that_cannot_be_opened_is_named(rlhf: Forks, tmp_path: Path) -> None:
+    job = rlhf.run(tmp_path, "evaluate", "systems={mine:./nowhere}", code=2)
+    assert "systems.mine=./nowhere: " in job.output and "there is no such folder" in job.output

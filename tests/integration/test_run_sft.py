@@ -171,3 +171,13 @@ def test_dropout_is_the_same_after_a_pause(folder: Path, gpt2: Path, rlhf: Forks
     assert series(whole, "train/loss")[0] != series(without, "train/loss")[0]
     config = json.loads((whole / "artifact/config.json").read_text())
     assert (config["attn_pdrop"], config["embd_pdrop"], config["resid_pdrop"]) == (0.1, 0.1, 0.1)
+
+
+def test_after_a_mistake_in_the_data_the_corrected_command_runs(rlhf: Forks, folder: Path, base: Path) -> None:
+    """Nothing has been worked for yet, so another config is no other run. Once there is, it is."""
+    common = [*SFT, "name=corrected", f"model.path={base}", "train.max_steps=1"]
+    job = rlhf.run(folder, *common, "data.train=mesages.jsonl", code=2)
+    assert "mesages.jsonl: no such file" in job.output
+    rlhf.run(folder, *common, "data.train=messages.jsonl")
+    job = rlhf.run(folder, *common, "data.train=hh.jsonl", code=2)
+    assert "data.train: was 'messages.jsonl', is now 'hh.jsonl'" in job.output
