@@ -169,7 +169,7 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
 
 def _evaluate(config: EvaluateConfig) -> Iterator[str]:
     if not _names(config.systems):
-        yield f"systems={config.systems}: name what to compare, as in systems={{base:<model>,sft:<model>}}"
+        yield f"systems={config.systems}: name what to compare, as in 'systems={{base:<model>,sft:<model>}}'"
     for name in config.systems if isinstance(config.systems, dict) else []:
         if "/" in str(name) or str(name).startswith("."):
             yield f"systems.{name}: a system's name is a folder name, without a slash and not starting with a dot"

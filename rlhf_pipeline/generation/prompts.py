@@ -135,18 +135,26 @@ def _prompts(config: PromptsConfig, bad: list[str]) -> Iterator[tuple[str, tuple
 
 def _rows(path: str, config: PromptsConfig, split: str) -> Iterator[Row]:
     if path == STDIN:
-        yield from _lines(sys.stdin.buffer.read())
+        yield from _lines(sys.stdin.buffer.read(), "stdin")
+        return
+    file = Path(path).expanduser()
+    if file.suffix == ".txt" and file.is_file():
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"prompts.path={path}: cannot be read: {error.strerror}") from error
+        yield from _lines(content, path)
         return
     if path.startswith(lab_files.PREFIX):
         path = str(lab_files.local_path(path, config.lab, Path(config.cache_dir)))
     yield from read_rows(path, split=split)
 
 
-def _lines(data: bytes) -> Iterator[Row]:
-    """Prompts of standard input: one a line, or an object a line if the first one is. Blank lines do not count."""
+def _lines(data: bytes, name: str) -> Iterator[Row]:
+    """Prompts of a text: one a line, or an object a line if the first one is. Blank lines do not count."""
     objects: bool | None = None
     for number, line in enumerate(data.splitlines(), start=1):
-        origin = f"stdin:{number}"
+        origin = f"{name}:{number}"
         if not line.strip():
             continue
         try:

@@ -137,7 +137,7 @@ WITHOUT_TRAINING = [
     ("generate", ["prompts.columns=x"], "prompts.columns=x: must map fields of ours to columns of yours"),
     ("chat", ["model.path=null", "prompts.path=null"], "prompts.path=null: there is no key 'prompts'"),
     ("chat", ["name=.x"], "name='.x': a run's name is a folder name"),
-    ("evaluate", ["systems=null"], "systems=None: name what to compare, as in systems={base:<model>,sft:<model>}"),
+    ("evaluate", ["systems=null"], "systems=None: name what to compare, as in 'systems={base:<model>,sft:<model>}'"),
     ("evaluate", ["systems={a:1}"], "systems={'a': 1}: name what to compare"),
     ("evaluate", ["kind=best"], "kind=best: Invalid value 'best', expected one of ["),
     ("prep", ["kind=pairs"], "kind=pairs: Invalid value 'pairs', expected one of [text, demonstration, ranking, "),

@@ -267,3 +267,12 @@ def test_the_stored_dtype_is_kept_unless_another_is_asked_for(base: Path, render
     model.save_pretrained(tmp_path)
     assert open_model(ReadyModelConfig(path=str(tmp_path)), renderer.tokenizer, "cpu").dtype == torch.bfloat16
     assert stat.S_ISDIR(tmp_path.stat().st_mode)
+
+
+def test_a_text_file_has_a_prompt_a_line(renderer: Any, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("the red cat?\n\n who sits? \r\n")
+    found = read_prompts(PromptsConfig(path=str(tmp_path / "q.txt")), renderer, context=None)
+    assert [(one.origin, one.messages[0].content) for one in found.asked] == [
+        (f"{tmp_path}/q.txt:1", "the red cat?"),
+        (f"{tmp_path}/q.txt:3", "who sits?"),
+    ]
