@@ -7,11 +7,11 @@ RLHF := $(BIN)/rlhf
 DEMO := runs/demo
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help setup demo test test-full lint types bench golden clean
+.PHONY: help setup demo test test-full lint types bench bench-data bench-generation golden clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 setup: $(VENV)/ready ## a virtual environment with pinned versions
 
@@ -47,6 +47,12 @@ types: setup ## mypy
 
 bench: setup ## SFT speed side by side with TRL, which is installed into an environment of its own
 	$(BIN)/python scripts/bench/run.py
+
+bench-data: setup ## how fast files become tokens, and in how much memory; reads the folder RLHF_TEST_DATA
+	$(BIN)/python scripts/bench/data.py
+
+bench-generation: setup ## sampling beside transformers' generate
+	$(BIN)/python scripts/bench/generate.py
 
 golden: setup ## write the golden curves anew; say why in the commit
 	$(BIN)/python -m pytest tests/golden --write-golden

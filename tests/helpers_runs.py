@@ -55,6 +55,13 @@ TINY_RUN = [
     "evaluation.samples=2",
     "evaluation.sample_tokens=6",
 ]
+SFT_ON_FILES = [
+    "sft",
+    "data.train=train.jsonl",
+    "data.heldout=heldout.jsonl",
+    "data.max_length=160",
+    "data.max_prompt_length=100",
+]
 WORDS = [
     *("the", "a", "red", "blue", "old", "cat", "dog", "man", "sits", "runs", "reads", "on", "under", "by", "mat"),
     *("tree", "house", "book", "and", "then", "today", "slowly"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers_runs import (
+    SFT_ON_FILES,
     TINY_RUN,
     Forks,
     Job,
@@ -27,11 +28,7 @@ from helpers_runs import (
 
 # 30 steps, each followed by an evaluation with samples, so that there is time for a signal.
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     "batch.examples=6",
     "train.epochs=5",
     "optim.lr=1e-3",

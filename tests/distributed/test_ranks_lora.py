@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers_runs import (
+    SFT_ON_FILES,
     TINY_RUN,
     Forks,
     assert_same_end,
@@ -27,11 +28,7 @@ pytest.importorskip("peft", reason="needs the lora extra")
 SLOW = pytest.mark.slow
 # 10 steps in 2 epochs, the last of each with one example: one rank has nothing to do there.
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     "batch.examples=5",
     "batch.row_length=100",
     "train.epochs=2",

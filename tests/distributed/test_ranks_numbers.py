@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers_runs import (
+    SFT_ON_FILES,
     TINY_RUN,
     Forks,
     dialogues,
@@ -26,11 +27,7 @@ from helpers_runs import (
 EXAMPLES, BATCH, EPOCHS, SEED = 17, 8, 2, 3
 LR, BETAS, EPS, DECAY, CLIP, FLOOR, WARMUP = 2e-3, (0.9, 0.95), 1e-8, 0.1, 2.2, 0.2, 2
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     f"seed={SEED}",
     f"batch.examples={BATCH}",
     f"train.epochs={EPOCHS}",

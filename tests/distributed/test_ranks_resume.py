@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers_runs import (
+    SFT_ON_FILES,
     TINY_RUN,
     Forks,
     assert_same_end,
@@ -30,11 +31,7 @@ from helpers_runs import (
 SLOW = pytest.mark.slow
 # 15 steps in 3 epochs, the last of each with one example: one rank has nothing to do there.
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     "batch.examples=5",
     "batch.row_length=100",
     "batch.micro_rows=2",

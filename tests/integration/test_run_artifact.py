@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers_runs import (
     ENVIRONMENT,
+    SFT_ON_FILES,
     TINY_RUN,
     TINY_SHAPE,
     Forks,
@@ -49,11 +50,7 @@ PRETRAIN = [
     *TINY_RUN,
 ]
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     "batch.examples=8",
     "optim.lr=2e-3",
     "model.path=runs/a/pretrain/artifact",

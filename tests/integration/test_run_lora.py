@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helpers_runs import (
     ENVIRONMENT,
+    SFT_ON_FILES,
     TINY_RUN,
     Forks,
     assert_same_end,
@@ -36,11 +37,7 @@ from rlhf_pipeline.artifact import Kind
 pytest.importorskip("peft", reason="needs the lora extra")
 
 SFT = [
-    "sft",
-    "data.train=train.jsonl",
-    "data.heldout=heldout.jsonl",
-    "data.max_length=160",
-    "data.max_prompt_length=100",
+    *SFT_ON_FILES,
     "batch.examples=8",
     "batch.row_length=200",
     "train.epochs=3",
