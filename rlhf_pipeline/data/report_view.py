@@ -52,7 +52,7 @@ def lines(report: Report) -> Iterator[str]:
     for name, one in report.sets.items():
         if one.bad_rows:
             bad = sum(one.counts.bad.values()) if one.counts else 0
-            yield from _listed(f"{name}: {bad:,} bad rows", one.bad_rows, bad)
+            yield from _listed(f"{name}: {bad:,} bad {'row' if bad == 1 else 'rows'}", one.bad_rows, bad)
         if one.duplicates.first:
             first = [f"{again} = {earlier}" for again, earlier in one.duplicates.first]
             yield from _listed(f"{name}: examples that were there before", first, one.duplicates.examples)
