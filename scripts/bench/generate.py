@@ -30,11 +30,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--samples", type=int, default=4, help="answers a prompt in the last rows of the table")
+    parser.add_argument(
+        "--leave", type=float, nargs="+", help="only: shares of a batch that must have finished to leave it"
+    )
     arguments = parser.parse_args()
     prepare_process(arguments.threads)
     import torch
 
     print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}\n")
+    if arguments.leave:
+        print("| model | new tokens |" + "".join(f" {share:g} |" for share in arguments.leave))
+        print("|---" * (2 + len(arguments.leave)) + "|")
+        for dtype in arguments.dtypes:
+            model = build(dtype)
+            for count in arguments.tokens:
+                speeds = compare_leaving(model, count, arguments.leave, rounds=arguments.rounds)
+                cells = "".join(f" {speed:,.0f} |" for speed in speeds)
+                print(f"| 6.8 M {dtype} | {count} |{cells}", flush=True)
+        return
     print("| model | new tokens | answers end | answers a prompt | transformers | ours | ratio |\n" + "|---" * 7 + "|")
     for dtype in arguments.dtypes:
         model = build(dtype)
@@ -94,6 +107,24 @@ def compare(model: Any, count: int, *, ends: bool, samples: int, rounds: int) ->
             if number:  # the first is for warming up
                 found.append(tokens / (time.perf_counter() - start))
     return statistics.median(speeds[0]), statistics.median(speeds[1])
+
+
+def compare_leaving(model: Any, count: int, shares: list[float], *, rounds: int) -> list[float]:
+    """Tokens a second of our loop where finished rows leave once they are such a share of their batch, medians."""
+    from rlhf_pipeline.generation import decode
+
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in rng.integers(20, 301, PROMPTS)]
+    end_ids = list(range(round(2 * VOCABULARY / count)))
+    speeds: dict[float, list[float]] = {share: [] for share in shares}
+    for number in range(rounds + 1):
+        for share, found in speeds.items():
+            decode.LEAVE = share
+            start = time.perf_counter()
+            tokens = with_ours(model, prompts, end_ids, count, ends=True, samples=1, seed=number)
+            if number:
+                found.append(tokens / (time.perf_counter() - start))
+    return [statistics.median(found) for found in speeds.values()]
 
 
 def with_transformers(
