@@ -13,18 +13,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline import resume, runtime
+from rlhf_pipeline import runtime
 from rlhf_pipeline.config.identity import differences, identity, plain
 from rlhf_pipeline.config.stages import CommandConfig
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.tracking import redact
 
+if TYPE_CHECKING:
+    from rlhf_pipeline import resume
+
+MARKER = "run.json"
 # What a command has worked for. A folder without any of it holds an attempt that came to nothing (a mistake in the name of
 # a file, say), and the next attempt may have another config.
-WORK = ("state", "metrics.jsonl", "artifact", "inputs.json", "responses.jsonl")
+WORK = ("state", "metrics.jsonl", "artifact", "inputs.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,29 +61,40 @@ def open_run(config: CommandConfig, stage: str) -> Run:
     Raises:
         UserError: when the folder belongs to a run with another identity, or a process is at work in it.
     """
+    from rlhf_pipeline import resume
+
     folder = Path(config.run_dir)
-    now = identity(config)
     resolved = redact(plain(config))
-    marker = folder / "run.json"
     lock = None
     if runtime.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-    if marker.is_file() and any((folder / name).exists() for name in WORK):
-        changed = differences(json.loads(marker.read_text())["identity"], redact(plain(now)))
-        if changed:
-            lines = "\n".join(f"  - {line}" for line in changed)
-            raise UserError(
-                f"{folder}: holds a run with another config\n{lines}\n"
-                f"Choose another name=..., or remove {folder} to begin again."
-            )
+    refuse_another(config)
     state, warnings = resume.find(folder)
     if runtime.is_main():
         from omegaconf import OmegaConf
 
-        write_json(marker, {"stage": stage, "identity": redact(plain(now))})
+        write_json(folder / MARKER, {"stage": stage, "identity": redact(plain(identity(config)))})
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
     return Run(folder=folder, stage=stage, config=resolved, state=state, warnings=warnings, lock=lock)
+
+
+def refuse_another(config: CommandConfig) -> None:
+    """Refuse the folder of a run that has begun with another identity. Cheap: `rlhf prep` asks it too.
+
+    Raises:
+        UserError: with every difference.
+    """
+    folder = Path(config.run_dir)
+    if not (folder / MARKER).is_file() or not any((folder / name).exists() for name in WORK):
+        return
+    changed = differences(json.loads((folder / MARKER).read_text())["identity"], redact(plain(identity(config))))
+    if changed:
+        lines = "\n".join(f"  - {line}" for line in changed)
+        raise UserError(
+            f"{folder}: holds a run with another config\n{lines}\n"
+            f"Choose another name=..., or remove {folder} to begin again."
+        )
 
 
 def _lock(folder: Path) -> Any:

@@ -2,8 +2,7 @@
 
 The rows are written as compressed JSON lines, some thousands a file, before anything else reads them: so what is trained
 on lies on this disk, has lines to look at, and stays the same when a run is resumed. A download that is interrupted goes
-on after its last whole file. JSON lines rather than Parquet, which is twice as fast to write and read but has one type a
-column: rows of a hub data set need not.
+on after its last whole file. JSON lines rather than Parquet, which has one type a column: rows of a hub data set need not.
 """
 
 from __future__ import annotations

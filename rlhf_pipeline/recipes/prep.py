@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from rlhf_pipeline import runtime
-from rlhf_pipeline.config.identity import differences, identity, plain
 from rlhf_pipeline.config.schema import DataConfig, LongPrompt, LongResponse, OnBadRow
 from rlhf_pipeline.config.stages import PrepConfig, StageConfig
 from rlhf_pipeline.data import lab_files, prepare, report_view, stage
@@ -27,7 +25,7 @@ from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json
-from rlhf_pipeline.tracking import redact
+from rlhf_pipeline.run import refuse_another
 
 HELD_OUT = "held out"
 UNLIMITED = 2**30  # characters; limits are in tokens
@@ -50,7 +48,7 @@ def main(config: PrepConfig | StageConfig) -> None:
 
 
 def _stage(config: StageConfig) -> None:
-    _refuse_another_run(config)
+    refuse_another(config)  # a tokenizer trained for the run that lies there must not be touched for another one
     with terminal_progress() as progress:
         renderer = stage.open_renderer(_lenient(config), progress=progress)
         try:
@@ -200,20 +198,6 @@ def _only_too_long(data: DataConfig, error: UserError) -> str:
     if data.long_prompt is not LongPrompt.error and data.long_response is not LongResponse.error:
         raise error
     return str(error)
-
-
-def _refuse_another_run(config: StageConfig) -> None:
-    """A tokenizer trained for the run that lies in this folder must not be touched for another one."""
-    marker = Path(config.run_dir) / "run.json"
-    if not marker.is_file() or not any(Path(config.run_dir, "state").glob("step_*")):
-        return
-    changed = differences(json.loads(marker.read_text())["identity"], redact(plain(identity(config))))
-    if changed:
-        lines = "\n".join(f"  - {line}" for line in changed)
-        raise UserError(
-            f"{config.run_dir}: holds a run with another config\n{lines}\nChoose another name=..., or remove "
-            f"{config.run_dir} to begin again."
-        )
 
 
 def _names_lab(data: DataConfig) -> bool:

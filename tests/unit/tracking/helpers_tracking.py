@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import rlhf_pipeline
 from rlhf_pipeline.tracking import Tracker, open_tracker
@@ -43,19 +44,18 @@ with open_tracker(
 """
 
 
-def open_plain(run_dir: Path, *, restored_step: int | None = None, progress: bool = False) -> Tracker:
+def open_plain(run_dir: Path, *, restored_step: int | None = None, progress: bool = False, **others: Any) -> Tracker:
+    settings: dict[str, Any] = {"wandb": "disabled", "tensorboard": False, "is_main": True, **others}
     return open_tracker(
         run_dir=run_dir,
         name="demo",
         stage="sft",
         config={},
-        wandb="disabled",
         wandb_project="tests",
         wandb_entity=None,
-        tensorboard=False,
         progress=progress,
         restored_step=restored_step,
-        is_main=True,
+        **settings,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers_tracking import clean_environment, log_steps, open_plain
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.tracking import open_tracker, read_metrics, read_samples
+from rlhf_pipeline.tracking import read_metrics, read_samples
 from rlhf_pipeline.tracking import records as records_module
 from rlhf_pipeline.tracking.records import cut_back
 
@@ -172,19 +172,7 @@ def test_step_is_not_a_metric_and_not_a_column(tmp_path: Path) -> None:
 
 def test_other_processes_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    tracker = open_tracker(
-        run_dir=run_dir,
-        name="demo",
-        stage="sft",
-        config={},
-        wandb="online",
-        wandb_project="tests",
-        wandb_entity=None,
-        tensorboard=True,
-        progress=True,
-        restored_step=None,
-        is_main=False,
-    )
+    tracker = open_plain(run_dir, progress=True, wandb="online", tensorboard=True, is_main=False)
     with tracker:
         tracker.progress(1, 2)
         tracker.log(1, {"train/loss": 1.0})

@@ -13,27 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_tracking import HF_TOKEN, drive, run_on_terminal
+from helpers_tracking import HF_TOKEN, drive, open_plain, run_on_terminal
 
-from rlhf_pipeline.tracking import open_tracker, read_metrics
+from rlhf_pipeline.tracking import read_metrics
 from rlhf_pipeline.tracking.mirrors import WandbMirror
 
 
 def test_tensorboard_purges_what_came_after_the_restored_step(tmp_path: Path) -> None:
     def run(restored_step: int | None, steps: range, scale: float) -> None:
-        with open_tracker(
-            run_dir=tmp_path,
-            name="demo",
-            stage="sft",
-            config={},
-            wandb="disabled",
-            wandb_project="tests",
-            wandb_entity=None,
-            tensorboard=True,
-            progress=False,
-            restored_step=restored_step,
-            is_main=True,
-        ) as tracker:
+        with open_plain(tmp_path, restored_step=restored_step, tensorboard=True) as tracker:
             for step in steps:
                 tracker.log(step, {"train/loss": scale * step})
 
