@@ -14,7 +14,7 @@ from rlhf_pipeline.data.format_table import FORMATS, Format, Kind
 from rlhf_pipeline.data.records import BadRow, Record
 from rlhf_pipeline.errors import UserError
 
-__all__ = ["FORMATS", "Format", "Kind", "detect", "renamed", "to_record", "to_records"]
+__all__ = ["FORMATS", "Format", "Kind", "detect", "renamed", "to_records"]
 
 NEAREST = 3  # formats named when none fits
 SHOWN = 20  # fields of the row that are named then
@@ -93,9 +93,3 @@ def to_records(row: Fields, kind: Kind, format: str, *, columns: Mapping[str, st
         raise UserError(f"the format {format!r} makes no {kind}; {', '.join(able)} do")
     made = adapter(renamed(row, columns))
     return made if isinstance(made, list) else [made]
-
-
-def to_record(row: Fields, kind: Kind, format: str) -> Record:
-    """As `to_records`, for formats that make one record of a row. ValueError where there are several."""
-    (record,) = to_records(row, kind, format)
-    return record

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_pipeline.data import dataset as module
 from rlhf_pipeline.data.dataset import Source, build, split_heldout
 from rlhf_pipeline.data.encode import Counts, Lengths, encode
-from rlhf_pipeline.data.formats import to_record
+from rlhf_pipeline.data.formats import to_records
 from rlhf_pipeline.data.prompts import Renderer, load_template
 from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.data.store import TreeDataset
@@ -68,7 +68,7 @@ def test_round_trip(
     turns = [("user", "Hi"), ("assistant", "Well."), ("user", "How?"), ("assistant", "The sky is blue.")]
     rows = [{"messages": [{"role": r, "content": c} for r, c in turns[:n]] * k} for n in (2, 4) for k in (1, 2, 3)]
     data = build(demonstrations(write_rows(*rows)), renderer, LENGTHS, cache_dir=cache)
-    expected = [encode(to_record(row, "demonstration", "messages"), renderer, LENGTHS).trees[0] for row in rows]
+    expected = [encode(to_records(row, "demonstration", "messages")[0], renderer, LENGTHS).trees[0] for row in rows]
     assert len(data) == len(rows)
     for i, (tree, want) in enumerate(zip(data, expected, strict=True)):
         assert tree.index == i

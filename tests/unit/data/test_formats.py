@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.data.formats import FORMATS, Kind, detect, renamed, to_record, to_records
+from rlhf_pipeline.data.formats import FORMATS, Kind, detect, renamed, to_records
 from rlhf_pipeline.data.records import BadRow, Demonstration, Feedback, Message, Prompt, Ranking, Record, Text
 from rlhf_pipeline.errors import UserError
 
@@ -604,12 +604,6 @@ def test_unknown_format_and_a_kind_it_cannot_make() -> None:
         to_records({}, "text", "hhh")
     with pytest.raises(UserError, match=r"the format 'alpaca' makes no ranking; hh_prompt, hh, pair, "):
         to_records({}, "ranking", "alpaca")
-
-
-def test_to_record_is_for_one_record() -> None:
-    assert to_record(PAIR, "ranking", "pair") == order()[0]
-    with pytest.raises(ValueError, match="too many values"):
-        to_record(PAIR, "feedback", "pair")
 
 
 # Columns of one's own

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from rlhf_pipeline.data.formats import to_record
+from rlhf_pipeline.data.formats import to_records
 from rlhf_pipeline.data.lab import VERSION
 from rlhf_pipeline.data.lab.candidates import WAYS, candidates
 from rlhf_pipeline.data.lab.corpus import SPEAKERS
@@ -37,11 +37,11 @@ def _prompts(name: str, count: int) -> set[tuple[str, ...]]:
 
 def test_rows_become_the_records_that_the_readers_know() -> None:
     for row in rows("documents", count=200):
-        assert isinstance(to_record(row, "text", "text"), Text)
+        assert isinstance(to_records(row, "text", "text")[0], Text)
         assert row["quality"] in ("good", "exercise", "mixed", "noisy")
     for name in ("demonstrations", "heldout_demonstrations"):
         for row in rows(name, count=100):
-            assert isinstance(to_record(row, "demonstration", "messages"), Demonstration)
+            assert isinstance(to_records(row, "demonstration", "messages")[0], Demonstration)
             assert judge(row["messages"][:-1], row["messages"][-1]["content"]).score == 1.0
     for name in ("rankings", "heldout_rankings"):
         for row in rows(name, count=100):
