@@ -5,6 +5,7 @@ Which rows have which reader is the table in `formats`. Ranks count from 0, the 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rlhf_pipeline.data.records import BadRow, Message
 
 # Names under which people keep the scores of a pair, in the row or in its `metadata`.
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"))
+MARGIN = "margin"  # how much better the better answer of a pair is
 _APART = "chosen and rejected part before their last turn"
 
 
@@ -155,6 +157,26 @@ def _pair_scores(row: Fields) -> tuple[float, float] | None:
     return None
 
 
+def with_margin(read: Callable[[Fields], Answers]) -> Callable[[Fields], Answers]:
+    """The same reader of two answers, which also takes the row's margin where it has one: what the scores differ by.
+
+    Which answer is better, and whether they tie, is told by all else: a margin of 0 is no tie, and a tie has no margin.
+    """
+
+    def read_both(row: Fields) -> Answers:
+        found = read(row)
+        if row.get(MARGIN) in (None, ""):
+            return found
+        margin = number(row[MARGIN], MARGIN)
+        if margin < 0:
+            raise BadRow("the margin is negative", f"{margin:g}")
+        if found.ranks[0] == found.ranks[1]:
+            return found
+        return dataclasses.replace(found, scores=(margin, 0.0) if found.ranks[0] == 0 else (0.0, margin))
+
+    return read_both
+
+
 # Rankings
 
 
@@ -224,6 +246,8 @@ def summaries(row: Fields) -> Answers:
         if info.get(field)
     )
     texts = tuple(string(summary, "text").strip() for summary in _objects(row, "summaries"))
+    if len(texts) != 2:
+        raise BadRow("not two summaries", f"{len(texts)}")
     ranks = (1, 0) if boolean(row, "choice") else (0, 1)
     return Answers(_asked(f"{post}\n\nTL;DR:"), texts, ranks)
 

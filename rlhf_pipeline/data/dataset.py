@@ -27,10 +27,10 @@ import pyarrow as pa
 
 from rlhf_pipeline.data import templates
 from rlhf_pipeline.data.contents import mix
-from rlhf_pipeline.data.encode import Counts, Draft, Lengths, Loss, draft, fit
+from rlhf_pipeline.data.encode import Counts, Draft, Empty, Lengths, Loss, Rankings, draft, fit
 from rlhf_pipeline.data.formats import Kind, detect, to_records
 from rlhf_pipeline.data.prompts import Renderer
-from rlhf_pipeline.data.records import BadRow, Record
+from rlhf_pipeline.data.records import BadRow, Ranking, Record
 from rlhf_pipeline.data.sources import Row, fingerprint, read_rows
 from rlhf_pipeline.data.store import Example, TreeDataset, open_dataset, to_batch, write
 from rlhf_pipeline.data.workers import map_in_order
@@ -61,6 +61,7 @@ class Source:
     seed: int = 0  # chooses among templates and their solved examples
     split: str = "train"
     max_examples: int | None = None  # rows from the start; the others are not read
+    rankings: Rankings = "whole"  # pairs: every comparison is an example of its own
     on_bad_row: Literal["error", "skip"] = "error"
 
     @property
@@ -116,6 +117,8 @@ def cache_file(source: Source, renderer: Renderer, lengths: Lengths, *, cache_di
         del told["seed"]
     else:
         told["templates"] = dataclasses.asdict(templates.load(source.templates))
+    if source.kind != "ranking":
+        del told["rankings"]
     identity = {
         "source": [fingerprint(source.path, source.split), told],
         "form": [loss, dataclasses.asdict(lengths)],
@@ -180,7 +183,17 @@ def _reader(source: Source, first: Row | None, head: Sequence[Row]) -> Reader:
     format = source.format
     if format == "auto" and first is not None:
         format = detect(_fields(first), source.kind, columns=source.columns)
+    if _in_pairs(source):
+        return lambda row: _comparisons(to_records(_fields(row), source.kind, format, columns=source.columns))
     return lambda row: to_records(_fields(row), source.kind, format, columns=source.columns)
+
+
+def _in_pairs(source: Source) -> bool:
+    return source.kind == "ranking" and source.rankings == "pairs"
+
+
+def _comparisons(rankings: Sequence[Record]) -> list[Ranking]:
+    return [pair for ranking in rankings if isinstance(ranking, Ranking) for pair in ranking.comparisons()]
 
 
 def _fields(row: Row) -> dict[str, Any]:
@@ -226,7 +239,8 @@ def _examples(
     read, rows = records_of(source, islice(read_rows(source.path, split=source.split), source.max_examples))
     chunks = iter(lambda: list(islice(rows, ROWS_AT_ONCE)), [])
     # What is not pickled: the processes have these from the start.
-    tokenise = partial(_tokenise, read=read, renderer=renderer, lengths=lengths, loss=loss)
+    empty: Empty = "dropped_all_tied" if _in_pairs(source) else "dropped_by_template"
+    tokenise = partial(_tokenise, read=read, renderer=renderer, lengths=lengths, loss=loss, empty=empty)
     with closing(map_in_order(tokenise, chunks, workers=workers)) as parts:
         for batch, counted in parts:
             tally.add(counted)
@@ -237,7 +251,7 @@ def _examples(
 
 
 def _tokenise(
-    rows: Sequence[Row], *, read: Reader, renderer: Renderer, lengths: Lengths, loss: Loss
+    rows: Sequence[Row], *, read: Reader, renderer: Renderer, lengths: Lengths, loss: Loss, empty: Empty
 ) -> tuple[pa.RecordBatch | None, _Tally]:
     """The examples of some rows, all of their text tokenised together.
 
@@ -266,7 +280,7 @@ def _tokenise(
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
         # A row that makes several records is kept if one of them is.
-        outcomes = [one.outcome for one in encoded] or ["dropped_by_template"]
+        outcomes = [one.outcome for one in encoded] or [empty]
         tally.counts["kept" if "kept" in outcomes else outcomes[0]] += 1
         tally.counts["prompt_truncated"] += any(one.prompt_truncated for one in encoded)
         for one, drawn in zip(encoded, drafted, strict=True):

@@ -23,7 +23,9 @@ from rlhf_pipeline.errors import UserError
 LongPrompt = Literal["drop", "keep_end", "keep_start", "error"]
 LongResponse = Literal["cut", "drop", "error"]
 Loss = Literal["responses", "all"]
-Outcome = Literal["kept", "dropped_long_prompt", "dropped_long_response", "dropped_no_target", "dropped_by_template"]
+Rankings = Literal["whole", "pairs"]
+Empty = Literal["dropped_by_template", "dropped_all_tied"]  # of a row without a record
+Outcome = Empty | Literal["kept", "dropped_long_prompt", "dropped_long_response", "dropped_no_target"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What became of the rows: rows = kept + bad + dropped. A document's row can make several trees."""
+    """What became of the rows: rows = kept + bad + dropped. The row of a document, or a ranking, can make several trees."""
 
     rows: int
     kept: int
@@ -58,6 +60,7 @@ class Counts:
     dropped_long_response: int
     dropped_no_target: int
     dropped_by_template: int = 0  # see templates.Templates.records
+    dropped_all_tied: int = 0  # rankings without a comparison that somebody won, where each is an example of its own
     prompt_truncated: int  # rows
     response_truncated: int  # responses
     trees: int

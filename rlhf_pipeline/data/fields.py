@@ -119,7 +119,7 @@ def number(value: Any, what: str) -> float:
         if not _is_number(value) and not _is_string(value):
             raise ValueError
         found = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the second of a whole number of over 308 digits
         raise BadRow(f"{what} is not a number", repr(value)[:40]) from None
     if not math.isfinite(found):
         raise BadRow(f"{what} is not a finite number")

@@ -100,7 +100,8 @@ def _best(found: Answers) -> Demonstration:
 
 
 def _pair(read: Callable[[Fields], Answers]) -> _Makes:
-    """As `_answers`; the better one is also a wanted answer, the other an unwanted."""
+    """As `_answers`; the better one is also a wanted answer, the other an unwanted. A row may say by how much."""
+    read = comparisons.with_margin(read)
 
     def feedback(row: Fields) -> list[Record]:
         found = read(row)
@@ -143,7 +144,8 @@ def _hh_rejected(row: Fields) -> Demonstration:
     return Demonstration((*found.prompt, Message("assistant", found.responses[1])))
 
 
-_PAIR_SCORES = (*(name for names in comparisons.SCORES for name in names), "metadata")
+_MARGIN = (comparisons.MARGIN,)
+_PAIR_SCORES = (*(name for names in comparisons.SCORES for name in names), "metadata", *_MARGIN)
 _SYSTEM = ("system", "system_prompt")
 _TASK = ("input", "history", *_SYSTEM)
 
@@ -181,6 +183,7 @@ FORMATS: dict[str, Format] = {
     ),
     "openai_pair": Format(
         fields={"input": "an object with messages", "preferred_output": "messages", "non_preferred_output": "messages"},
+        optional=_MARGIN,
         description="OpenAI's preference fine-tuning",
         **_pair(comparisons.openai_pair),
     ),
@@ -245,17 +248,19 @@ FORMATS: dict[str, Format] = {
     ),
     "webgpt": Format(
         fields={"question": "an object", "answer_0": "a string", "answer_1": "a string", "score_0": "a number"},
-        optional=("score_1",),
+        optional=("score_1", *_MARGIN),
         description="WebGPT's comparisons",
         **_pair(comparisons.webgpt),
     ),
     "summaries": Format(
         fields={"info": "an object", "summaries": "objects", "choice": "a number"},
+        optional=_MARGIN,
         description="the summary comparisons of Stiennon et al. 2020",
         **_pair(comparisons.summaries),
     ),
     "shp": Format(
         fields={"history": "a string", "human_ref_A": "a string", "human_ref_B": "a string", "labels": "a number"},
+        optional=_MARGIN,
         description="Stanford Human Preferences",
         **_pair(comparisons.shp),
     ),
@@ -266,6 +271,7 @@ FORMATS: dict[str, Format] = {
             "response_1": "a string",
             "better_response_id": "a number",
         },
+        optional=_MARGIN,
         description="PKU-SafeRLHF, by helpfulness",
         **_pair(comparisons.safe_rlhf),
     ),

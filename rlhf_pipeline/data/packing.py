@@ -45,6 +45,9 @@ class PackedTrees:
     last: np.ndarray  # int64 [R]; flat position of each response's last token
     group: np.ndarray  # int64 [R]; which data set a response comes from
     index: np.ndarray  # int64 [R]; the response's example within that data set
+    prompt: np.ndarray  # int64 [R]; which of the micro-batch's trees the response belongs to
+    rank: np.ndarray  # int64 [R]; 0 for the best of a ranking, equal for a tie
+    score: np.ndarray  # float32 [R]; the labels' score, NaN where there is none
     segments: tuple[Segment, ...]  # the B * T positions, in order
 
     @property
@@ -120,11 +123,13 @@ def pack(
     last: list[int] = []
     group: list[int] = []
     index: list[int] = []
+    trees: list[Tree] = []
     segments: list[Segment] = []
     for r, row in enumerate(rows):
         start = 0
         for t, tree in enumerate(row):
             assert tree.responses, "a prompt alone is sampled from, not packed"
+            trees.append(tree)
             length = len(tree.prompt)
             tree_of[r, start : start + len(tree)] = t
             tokens[r, start : start + length] = tree.prompt
@@ -162,6 +167,9 @@ def pack(
         last=np.asarray(last, np.int64),
         group=np.asarray(group, np.int64),
         index=np.asarray(index, np.int64),
+        prompt=np.repeat(np.arange(len(trees)), [len(tree.responses) for tree in trees]).astype(np.int64),
+        rank=_concatenate([tree.ranks for tree in trees]),
+        score=np.concatenate([tree.scores for tree in trees]) if trees else np.zeros(0, np.float32),
         segments=tuple(segments),
     )
 

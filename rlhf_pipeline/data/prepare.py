@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from rlhf_pipeline import runtime
-from rlhf_pipeline.config.schema import DataConfig, MixConfig
+from rlhf_pipeline.config.schema import (
+    DataConfig,
+    LongPrompt,
+    LongResponse,
+    LossOn,
+    MixConfig,
+    NormaliseConfig,
+    OnBadRow,
+    Rankings,
+)
 from rlhf_pipeline.data import hub, lab_files
 from rlhf_pipeline.data.contents import overlap
 from rlhf_pipeline.data.dataset import Progress, Source, build, split_heldout
@@ -42,12 +52,17 @@ def train_and_heldout(
 ) -> tuple[TreeDataset, TreeDataset]:
     """The training and the held-out trees: from sources of their own, or one set split by prompt.
 
-    Held-out prompts that are also trained on are warned of.
+    Held-out prompts that are also trained on are warned of. Held-out rankings are always whole: figures on them can be
+    compared, whether each comparison is an example of its own in training or not.
 
     Raises:
         UserError: see `data_set`.
     """
     train = data_set(data.train, data, renderer, kind=kind, seed=seed, progress=progress)
+    if data.heldout is None and kind == "ranking" and data.rankings is Rankings.pairs:
+        whole = data_set(data.train, _whole(data), renderer, kind=kind, seed=seed, progress=progress)
+        _, heldout = split_heldout(whole, data.heldout_fraction, seed)
+        return train.select(np.flatnonzero(~np.isin(train.groups, heldout.groups))), heldout
     if data.heldout is None:
         return split_heldout(train, data.heldout_fraction, seed)
     heldout = held_out(data, renderer, kind=kind, seed=seed, progress=progress)
@@ -62,27 +77,64 @@ def held_out(
 ) -> TreeDataset:
     """The trees of `data.heldout`, each of which is looked at once."""
     _refuse_weights("data.heldout", data.heldout)
-    return data_set(data.heldout, data, renderer, kind=kind, seed=seed, progress=progress)
+    return data_set(data.heldout, _whole(data), renderer, kind=kind, seed=seed, progress=progress)
 
 
 def mixed_in(mix: MixConfig, data: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> TreeDataset:
     """The pretraining text to mix in, cut into pieces as long as the longest example."""
     _refuse_weights("mix.train", mix.train)
-    text = dataclasses.replace(
-        data, format=mix.format, split=mix.split, columns=None, templates=None, streaming=False, max_examples=None
+    return data_set(mix.train, _of_its_own(data, mix), renderer, kind="text", seed=0, progress=progress)
+
+
+def to_normalise(
+    normalise: NormaliseConfig, data: DataConfig, renderer: Renderer, *, progress: Progress | None = None
+) -> TreeDataset:
+    """At most `normalise.examples` demonstrations: of `normalise.train`, or the preferred answers of `data.train`.
+
+    As many rows of each source are read, from its start, and evenly spread examples taken where they make more. Where
+    `data.train` is read again, rows that are bad or too long are left out: they have been told of before.
+    """
+    data = dataclasses.replace(data, loss=LossOn.responses, templates=None)
+    if normalise.train is None:
+        value, given = data.train, dropping(dataclasses.replace(data, on_bad_row=OnBadRow.skip))
+    else:
+        _refuse_weights("normalise.train", normalise.train)
+        value, given = normalise.train, _of_its_own(data, normalise)
+    limit = normalise.examples
+    found = data_set(value, given, renderer, kind="demonstration", seed=0, limit=limit, progress=progress)
+    return found.select(np.linspace(0, len(found) - 1, limit).astype(int)) if len(found) > limit else found
+
+
+def dropping(data: DataConfig) -> DataConfig:
+    """What is too long and would end it all is dropped, and so counted."""
+    prompt, response = data.long_prompt, data.long_response
+    return dataclasses.replace(
+        data,
+        long_prompt=LongPrompt.drop if prompt is LongPrompt.error else prompt,
+        long_response=LongResponse.drop if response is LongResponse.error else response,
     )
-    return data_set(mix.train, text, renderer, kind="text", seed=0, progress=progress)
 
 
 def data_set(
-    value: Any, data: DataConfig, renderer: Renderer, *, kind: Kind, seed: int, progress: Progress | None = None
+    value: Any,
+    data: DataConfig,
+    renderer: Renderer,
+    *,
+    kind: Kind,
+    seed: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> TreeDataset:
     """The examples of every entry of `value` (`data.train` or the like), one source after the other.
+
+    With a `limit`, those of so many rows from the start of each, whatever its weight.
 
     Raises:
         UserError: see `data.dataset.build`; and for a weight that leaves nothing of its source.
     """
     found = entries(value, data, kind=kind, seed=seed, progress=progress)
+    if limit is not None:
+        found = [_first_rows(entry, limit) for entry in found]
     lengths = Lengths(
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
@@ -135,6 +187,7 @@ def entries(value: Any, data: DataConfig, *, kind: Kind, seed: int, progress: Pr
             split=split,
             max_examples=data.max_examples,
             on_bad_row=data.on_bad_row.value,
+            rankings=data.rankings.value,
         )
         found.append(Entry(name=entry["path"], source=source, weight=entry.get("weight", 1)))
     return found
@@ -151,6 +204,28 @@ def _local(path: str, split: str, data: DataConfig, progress: Progress | None) -
             assert data.max_examples is not None, "the config check lets no streaming pass without"
             return hub.first_rows(path, split=split, count=data.max_examples, cache_dir=cache_dir, progress=progress)
     return path
+
+
+def _whole(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, rankings=Rankings.whole)
+
+
+def _of_its_own(data: DataConfig, source: MixConfig | NormaliseConfig) -> DataConfig:
+    """For a source beside `data.train`, which what is said of the rows of that one does not describe."""
+    return dataclasses.replace(
+        data,
+        format=source.format,
+        split=source.split,
+        columns=None,
+        templates=None,
+        streaming=False,
+        max_examples=None,
+    )
+
+
+def _first_rows(entry: Entry, limit: int) -> Entry:
+    rows = min(limit, entry.source.max_examples or limit)
+    return dataclasses.replace(entry, source=dataclasses.replace(entry.source, max_examples=rows), weight=1.0)
 
 
 def _refuse_weights(key: str, value: Any) -> None:

@@ -6,11 +6,12 @@ later.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
+LARGEST_SCORE = 3.4028234663852886e38  # of 32 bits, in which scores are stored
 
 
 class BadRow(Exception):
@@ -77,7 +78,7 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """K >= 2 answers to one prompt. Rank 0 is best, equal ranks are a tie; a preference pair is K = 2."""
+    """K >= 2 different answers to one prompt. Rank 0 is best, equal ranks are a tie; a preference pair is K = 2."""
 
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
@@ -90,13 +91,33 @@ class Ranking:
             raise BadRow("fewer than two responses")
         for response in self.responses:
             _check_text(response, "a response")
+        _check_different(self.responses)
         if len(self.ranks) != len(self.responses) or min(self.ranks) != 0:
             raise BadRow("ranks do not fit the responses", f"{self.ranks} for {len(self.responses)}")
         if self.scores is not None:
             if len(self.scores) != len(self.responses):
                 raise BadRow("scores do not fit the responses", f"{self.scores} for {len(self.responses)}")
-            if not all(math.isfinite(score) for score in self.scores):
+            if not all(abs(score) <= LARGEST_SCORE for score in self.scores):  # NaN is not either
                 raise BadRow("a score is not a finite number")
+
+    def comparisons(self) -> list[Ranking]:
+        """Every comparison that somebody won as a ranking of two, the better answer first. Ties are left out."""
+        found = []
+        for pair in combinations(range(len(self.responses)), 2):
+            better, worse = sorted(pair, key=lambda i: self.ranks[i])
+            if self.ranks[better] != self.ranks[worse]:
+                scores = None if self.scores is None else (self.scores[better], self.scores[worse])
+                found.append(Ranking(self.prompt, (self.responses[better], self.responses[worse]), (0, 1), scores))
+        return found
+
+
+def _check_different(responses: tuple[str, ...]) -> None:
+    """The same answer twice is no comparison, and where the ranks differ it is a contradiction."""
+    seen: dict[str, int] = {}
+    for number, response in enumerate(responses, start=1):
+        first = seen.setdefault(response.strip(), number)
+        if first != number:
+            raise BadRow("two responses are the same", f"numbers {first} and {number}, {response.strip()[:40]!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,11 @@ class SetReport:
     prompt: Spread | None
     response: Spread | None
     tree: Spread | None  # a prompt with all of its responses
+    prompts: int | None  # different ones; None of documents
     answers: dict[int, int]  # of rankings: how many have K responses
-    tied: float | None  # share of a ranking's pairs that are ties, over all pairs
+    comparisons: int | None  # of rankings: pairs of answers to the same prompt, K(K - 1)/2 of each
+    tied: float | None  # of rankings: share of the comparisons that are ties
+    all_tied: int | None  # of rankings: how many have no other comparisons
     wanted: float | None  # of feedback: share of the answers that are
     duplicates: Duplicates
     over_row_length: Over | None
@@ -132,8 +135,11 @@ def set_report(
         prompt=None if texts else Spread.of(contents.prompt_length),  # a document has none but its first token
         response=None if texts else Spread.of(contents.response_length),
         tree=Spread.of(data.lengths),
+        prompts=None if texts else len(np.unique(data.groups)),
         answers=dict(zip(sizes.tolist(), numbers.tolist(), strict=True)) if ranking else {},
-        tied=_tied(contents) if ranking else None,
+        comparisons=_pairs(contents.num_responses) if ranking else None,
+        tied=tied_share(contents) if ranking else None,
+        all_tied=len(data) - len(np.unique(contents.tree[contents.rank > 0])) if ranking else None,
         wanted=float((contents.rank == 0).mean()) if kind == "feedback" and len(contents.rank) else None,
         duplicates=duplicates(data, contents),
         over_row_length=_over(data, row_length),
@@ -184,11 +190,15 @@ def _sources(data: TreeDataset) -> tuple[SourceReport, ...]:
     )
 
 
-def _tied(contents: Contents) -> float | None:
-    """A tie of m answers makes m(m - 1)/2 tied pairs."""
-    pairs = (contents.num_responses * (contents.num_responses - 1) // 2).sum()
+def _pairs(sizes: np.ndarray) -> int:
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+def tied_share(contents: Contents) -> float | None:
+    """The share of ties among all pairs of answers to the same prompt: m answers that tie make m(m - 1)/2 of them."""
+    pairs = _pairs(contents.num_responses)
     _, size = np.unique(np.stack([contents.tree, contents.rank]), axis=1, return_counts=True)
-    return round(float((size * (size - 1) // 2).sum() / pairs), 4) if pairs else None
+    return round(_pairs(size) / pairs, 4) if pairs else None
 
 
 def _over(data: TreeDataset, limit: int | None) -> Over | None:

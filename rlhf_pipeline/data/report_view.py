@@ -141,9 +141,14 @@ def _figures(one: SetReport, unit: str) -> Iterator[tuple[str, str]]:
     if one.kind != "text":
         yield "prompts again", f"{one.duplicates.prompts:,}"
     if one.kind == "ranking":
+        yield "prompts", f"{one.prompts:,}"
         yield "responses twice in a ranking", f"{one.duplicates.responses:,}"
         yield "responses a ranking", ", ".join(f"{k}: {n:,}" for k, n in one.answers.items())
-        yield "pairs that are ties", f"{one.tied or 0:.1%}"
+        yield "comparisons", f"{one.comparisons:,}"
+        yield "of which ties", f"{one.tied or 0:.1%}"
+        yield "rankings of ties alone", f"{one.all_tied:,}"
+        if one.over_row_length is not None and one.tree is not None:
+            yield f"longest (a packed row: {one.over_row_length.limit:,})", f"{one.tree.max:,}"
     if one.wanted is not None:
         yield "wanted answers", f"{one.wanted:.1%}"
     for over, label in (
@@ -165,6 +170,7 @@ def _fates(counts: Counts) -> Iterator[tuple[str, str]]:
         ("dropped_long_response", "dropped: long response"),
         ("dropped_no_target", "dropped: nothing to learn"),
         ("dropped_by_template", "dropped by the data template"),
+        ("dropped_all_tied", "dropped: all answers tie"),
         ("prompt_truncated", "prompts shortened"),
         ("response_truncated", "responses cut"),
     ):

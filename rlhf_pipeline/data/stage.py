@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.stages import PretrainConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.stages import PretrainConfig, RmConfig, SftConfig, StageConfig
 from rlhf_pipeline.data import order, prepare
 from rlhf_pipeline.data.dataset import Progress, records_of
 from rlhf_pipeline.data.formats import Kind
@@ -23,7 +23,12 @@ from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.data.tokenizer import open_tokenizer, train_tokenizer, with_template
 from rlhf_pipeline.files import publish, write_json
 
-KINDS: dict[str, Kind] = {"text": "text", "demonstrations": "demonstration", "pretraining": "text"}  # of data_sets
+KINDS: dict[str, Kind] = {  # of data_sets
+    "text": "text",
+    "demonstrations": "demonstration",
+    "pretraining": "text",
+    "rankings": "ranking",
+}
 MADE_FROM = "made_from.json"  # in the folder of a trained tokenizer
 
 
@@ -61,7 +66,21 @@ def data_sets(
             if config.mix.ratio > 0:
                 sets["pretraining"] = prepare.mixed_in(config.mix, data, renderer, progress=progress)
             return sets, heldout
+        case RmConfig():
+            rankings, heldout = prepare.train_and_heldout(data, renderer, kind="ranking", seed=seed, progress=progress)
+            return {"rankings": rankings}, heldout
     raise AssertionError(type(config))
+
+
+def demonstrations_to_normalise(
+    config: RmConfig, renderer: Renderer, *, progress: Progress | None = None
+) -> TreeDataset:
+    """Answers whose mean reward becomes the zero of all rewards (see `prepare.to_normalise`).
+
+    Raises:
+        UserError: see `prepare.data_set`.
+    """
+    return prepare.to_normalise(config.normalise, config.data, renderer, progress=progress)
 
 
 def batch_order(config: StageConfig, data: TreeDataset) -> order.BatchOrder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,3 +78,17 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, context: int) 
         clean_up_tokenization_spaces=False,
         **SPECIAL_TOKENS,
     )
+
+
+def with_own_pad(tokenizer: Any, end_ids: tuple[int, ...]) -> Any:
+    """A copy whose padding token is none that an answer can end with: transformers reads a reward at the last token that
+    is not padding. Its own where it is fit, else another special token, else one more.
+    """
+    copied = copy.deepcopy(tokenizer)
+    # Special tokens come from the chat template alone; the one for unknown words comes from text as well.
+    special = {i: token.content for i, token in sorted(copied.added_tokens_decoder.items()) if token.special}
+    free = [name for i, name in special.items() if i not in end_ids and name != copied.unk_token]
+    if copied.pad_token not in free:
+        # Setting `pad_token` alone would leave one that is not there without an id.
+        copied.add_special_tokens({"pad_token": free[0] if free else SPECIAL_TOKENS["pad_token"]})
+    return copied

@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from rlhf_pipeline import runtime
 from rlhf_pipeline.config.schema import DataConfig, LongPrompt, LongResponse, OnBadRow
-from rlhf_pipeline.config.stages import PrepConfig, StageConfig
+from rlhf_pipeline.config.stages import PrepConfig, RmConfig, StageConfig
 from rlhf_pipeline.data import lab_files, prepare, report_view, stage
 from rlhf_pipeline.data.contents import Contents, overlap, read_contents
+from rlhf_pipeline.data.dataset import Progress
 from rlhf_pipeline.data.formats import Kind
 from rlhf_pipeline.data.plain import PlainText
 from rlhf_pipeline.data.progress import terminal_progress
@@ -28,6 +30,7 @@ from rlhf_pipeline.files import write_json
 from rlhf_pipeline.run import refuse_another
 
 HELD_OUT = "held out"
+NORMALISE = "to normalise"
 UNLIMITED = 2**30  # characters; limits are in tokens
 SAMPLE_WIDTH = 2000  # characters of a sample row
 
@@ -52,22 +55,31 @@ def _stage(config: StageConfig) -> None:
     with terminal_progress() as progress:
         renderer = stage.open_renderer(_lenient(config), progress=progress)
         try:
-            sets, heldout = stage.data_sets(_lenient(config), renderer, progress=progress)
-            too_long = None
+            sets, too_long = _sets(_lenient(config), renderer, progress), None
         except UserError as error:
             too_long = _only_too_long(config.data, error)
-            sets, heldout = stage.data_sets(_lenient(config, drop=True), renderer, progress=progress)
+            sets = _sets(_lenient(config, drop=True), renderer, progress)
     batches = stage.batch_order(config, sets[next(iter(sets))])
+    parts = [NORMALISE] if isinstance(config, RmConfig) and config.normalise.train is None else []
     _present(
-        {**sets, HELD_OUT: heldout},
+        sets,
         config.data,
         folder=Path(config.run_dir) / "prep",
-        kinds=_kinds(config, list(sets)),
+        kinds=_kinds(list(sets)),
+        parts=parts,
         unit="tokens",
-        row_length=config.batch.row_length,
         steps=(batches, config),
         too_long=too_long,
     )
+
+
+def _sets(config: StageConfig, renderer: Renderer, progress: Progress | None) -> dict[str, TreeDataset]:
+    """All that the stage will read; what its steps are counted by comes first."""
+    sets, heldout = stage.data_sets(config, renderer, progress=progress)
+    sets = {**sets, HELD_OUT: heldout}
+    if isinstance(config, RmConfig):
+        sets[NORMALISE] = stage.demonstrations_to_normalise(config, renderer, progress=progress)
+    return sets
 
 
 def _any_data(config: PrepConfig) -> None:
@@ -88,7 +100,7 @@ def _any_data(config: PrepConfig) -> None:
             sets, too_long = _named(config, data, renderer, progress), None
         except UserError as error:
             too_long = _only_too_long(data, error)
-            sets = _named(config, _dropping(data), renderer, progress)
+            sets = _named(config, prepare.dropping(data), renderer, progress)
     kinds: dict[str, Kind] = dict.fromkeys(sets, config.kind.value)
     _present(sets, config.data, folder=folder, kinds=kinds, unit=unit, too_long=too_long)
 
@@ -107,16 +119,20 @@ def _present(
     *,
     folder: Path,
     kinds: dict[str, Kind],
+    parts: Sequence[str] = (),
     unit: str,
-    row_length: int | None = None,
     steps: tuple[stage.order.BatchOrder, StageConfig] | None = None,
     too_long: str | None = None,
 ) -> None:
-    """Print and save what is in the data sets, and end with exit code 2 where a stage would refuse them."""
+    """Print and save what is in the data sets, and end with exit code 2 where a stage would refuse them.
+
+    `parts` are made of the rows of another set, which tells of them.
+    """
     from rich.console import Console
 
     contents = {name: read_contents(one) for name, one in sets.items()}
     train = next(iter(sets))
+    row_length = steps[1].batch.row_length if steps is not None else None
     report = Report(
         unit=unit,
         sets={
@@ -126,7 +142,7 @@ def _present(
                 kind=kinds[name],
                 row_length=row_length,
                 max_length=data.max_length if unit == "tokens" else None,
-                is_part=name == HELD_OUT and data.heldout is None,
+                is_part=name in parts or (name == HELD_OUT and data.heldout is None),
             )
             for name, one in sets.items()
         },
@@ -160,8 +176,9 @@ def _present(
     console.print(f"{folder / 'report.json'}, {picture}", markup=False, soft_wrap=True)
     refused = [too_long] if too_long else []
     if report.num_bad and data.on_bad_row is OnBadRow.error:
+        rows = "row" if report.num_bad == 1 else "rows"
         refused.append(
-            f"{report.num_bad:,} rows cannot be used: correct them, or set data.on_bad_row=skip to go on without them"
+            f"{report.num_bad:,} {rows} cannot be used: correct them, or set data.on_bad_row=skip to go on without them"
         )
     if refused:
         console.print("A stage would stop here: " + "\n".join(refused), markup=False, soft_wrap=True)
@@ -172,25 +189,15 @@ def _overlap(sets: dict[str, TreeDataset], contents: dict[str, Contents], train:
     return overlap(sets[train], sets[HELD_OUT], (contents[train], contents[HELD_OUT])) if HELD_OUT in sets else None
 
 
-def _kinds(config: StageConfig, names: list[str]) -> dict[str, Kind]:
-    kinds: dict[str, Kind] = {name: stage.KINDS[name] for name in names}
-    return {**kinds, HELD_OUT: kinds[names[0]]}
+def _kinds(names: list[str]) -> dict[str, Kind]:
+    own: dict[str, Kind] = {HELD_OUT: stage.KINDS[names[0]], NORMALISE: "demonstration"}
+    return {name: own[name] if name in own else stage.KINDS[name] for name in names}
 
 
 def _lenient(config: StageConfig, *, drop: bool = False) -> Any:
     """The config under which bad rows are counted instead of ending it all; the cache files are the same."""
     data = dataclasses.replace(config.data, on_bad_row=OnBadRow.skip)
-    return dataclasses.replace(config, data=_dropping(data) if drop else data)
-
-
-def _dropping(data: DataConfig) -> DataConfig:
-    """What is too long and would end it all is dropped, and so counted."""
-    prompt, response = data.long_prompt, data.long_response
-    return dataclasses.replace(
-        data,
-        long_prompt=LongPrompt.drop if prompt is LongPrompt.error else prompt,
-        long_response=LongResponse.drop if response is LongResponse.error else response,
-    )
+    return dataclasses.replace(config, data=prepare.dropping(data) if drop else data)
 
 
 def _only_too_long(data: DataConfig, error: UserError) -> str:

@@ -20,6 +20,14 @@ SFT = [
     "train.max_steps=2",
     *TINY_RUN,
 ]
+RM = [
+    "data.max_length=120",
+    "data.max_prompt_length=80",
+    "batch.examples=8",
+    "batch.row_length=96",
+    "runtime.threads=1",
+    "tracking.progress=false",
+]
 PRETRAIN = [
     "pretrain",
     *TINY_SHAPE,
@@ -138,6 +146,44 @@ def test_bad_and_long_rows_are_listed_and_end_in_an_error(folder: Path, base: Pa
     job = rlhf.run(folder, "prep", *arguments, *strict, "name=strict", code=2)
     assert re.search(r"A stage would stop here: bad\.jsonl:\d+: a response has \d+ tokens", job.output)
     assert report(folder / "runs/strict/sft/prep")["sets"]["demonstrations"]["counts"]["dropped_long_response"] > 1
+
+
+def test_rankings_and_what_normalises_their_rewards(folder: Path, base: Path, rlhf: Forks) -> None:
+    """Everything that `rlhf rm` reads: training and held-out rankings, and the preferred answers once more."""
+    rows = [
+        {"prompt": f"Is {i} odd?", "responses": ["Yes.", "No.", "Perhaps."], "scores": [2, 2 if i < 3 else 1, 2]}
+        for i in range(40)
+    ]
+    rows[20]["responses"] = ["Yes.", "No.", "No."]
+    write_jsonl(folder / "rankings.jsonl", rows)
+    write_jsonl(folder / "gold.jsonl", [{**rows[0], "prompt": f"And {i}?"} for i in range(5)])
+    arguments = ["rm", *RM, f"model.path={base}", "data.train=rankings.jsonl", "normalise.examples=30"]
+    job = rlhf.run(folder, "prep", *arguments, "data.heldout=gold.jsonl", code=2)
+    assert "rankings.jsonl:21: two responses are the same: numbers 2 and 3" in job.output
+    assert "A stage would stop here: 1 row cannot be used" in job.output  # though both of its readings meet it
+    job = rlhf.run(folder, "prep", *arguments, "data.heldout=gold.jsonl", "data.on_bad_row=skip")
+    found = report(folder / "runs/default/rm/prep")
+    assert set(found["sets"]) == {"rankings", "held out", "to normalise"}
+    one = found["sets"]["rankings"]
+    # 3 rankings of three ties, 36 of one.
+    assert (one["prompts"], one["comparisons"], one["all_tied"], one["answers"]) == (39, 117, 3, {"3": 39})
+    assert one["tied"] == pytest.approx((3 * 3 + 36) / 117, abs=1e-4)
+    assert found["run"]["steps"] == 5 and found["run"]["examples_a_step"] == pytest.approx(39 / 5, abs=0.1)
+    normalise = found["sets"]["to normalise"]
+    assert (normalise["kind"], normalise["examples"], normalise["counts"]) == ("demonstration", 30, None)
+    assert "rankings of ties alone" in job.output and "longest (a packed row: 96)" in job.output
+    # The same files, whether somebody minds bad rows or not; and one more for every comparison by itself.
+    made = files(folder / "runs/cache")
+    assert len([path for path in made if path.endswith(".arrow")]) == 3
+    apart = [*arguments, "data.on_bad_row=skip", "data.rankings=pairs", "data.heldout_fraction=0.25", "name=pairs"]
+    rlhf.run(folder, "prep", *apart)
+    found = report(folder / "runs/pairs/rm/prep")
+    one, held_out = found["sets"]["rankings"], found["sets"]["held out"]
+    assert one["counts"]["dropped_all_tied"] == 3 and set(one["answers"]) == {"2"} and one["tied"] == 0
+    assert one["examples"] == one["comparisons"] == 2 * one["prompts"] and set(held_out["answers"]) == {"3"}
+    after = files(folder / "runs/cache")
+    assert {path: after[path] for path in made} == made
+    assert len([path for path in after if path.endswith(".arrow")]) == 4
 
 
 def test_any_data_without_a_tokenizer(folder: Path, base: Path, rlhf: Forks) -> None:

@@ -475,3 +475,64 @@ def test_imports_are_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF.parent)
     assert done.stdout.strip() == ""
+
+
+# Every comparison an example of its own
+
+RANKINGS = [
+    {"prompt": "Sky?", "responses": ["Grey.", "Blue.", "Red."], "scores": [2, 3, 1]},
+    {"prompt": "Sea?", "responses": ["Blue.", "Wet.", "Deep."], "scores": [4, 4, 4]},
+    {"prompt": "Sky?", "responses": ["So.", "Blue.", "Far."], "scores": [1, 5, 1]},
+]
+
+
+def test_comparisons_as_examples(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:
+    source = Source(path=write_rows(*RANKINGS, {"prompt": "?"}), kind="ranking", on_bad_row="skip")
+    whole = build(source, renderer, LENGTHS, cache_dir=cache)
+    pairs = build(replace(source, rankings="pairs"), renderer, LENGTHS, cache_dir=cache)
+    answers = [
+        tuple(renderer.tokenizer.decode(r, skip_special_tokens=True).strip() for r in t.responses) for t in pairs
+    ]
+    assert answers == [("Blue.", "Grey."), ("Grey.", "Red."), ("Blue.", "Red."), ("Blue.", "So."), ("Blue.", "Far.")]
+    assert [tree.scores.tolist() for tree in pairs] == [[3, 2], [2, 1], [3, 1], [5, 1], [5, 1]]
+    assert all(tree.ranks.tolist() == [0, 1] for tree in pairs)
+    assert [pairs.origin(i).rpartition(":")[2] for i in range(5)] == ["1", "1", "1", "3", "3"]
+    # Equal prompts stay on one side of a split, as those of whole rankings do.
+    assert len(set(pairs.groups.tolist())) == 1 and pairs.groups[0] == whole.groups[0] == whole.groups[2]
+    counts = (pairs.counts.rows, pairs.counts.kept, pairs.counts.dropped_all_tied, pairs.counts.trees)
+    assert counts == (4, 2, 1, 5) and pairs.counts.bad == {"no field 'responses'": 1}
+    # As a whole a ranking of ties is kept; it has nothing to learn from, and nothing to lose.
+    assert (whole.counts.kept, whole.counts.dropped_all_tied, whole.counts.trees) == (3, 0, 3)
+
+
+def test_ties_alone_are_nothing_left(renderer: Renderer, write_rows: WriteRows, cache: Path) -> None:
+    source = Source(path=write_rows(RANKINGS[1]), kind="ranking", rankings="pairs")
+    with pytest.raises(UserError, match=r"none of 1 rows is left \(1 dropped_all_tied\)"):
+        build(source, renderer, LENGTHS, cache_dir=cache)
+
+
+def test_comparisons_have_a_cache_file_of_their_own_where_there_are_rankings(
+    renderer: Renderer, write_rows: WriteRows, cache: Path, made: list[str]
+) -> None:
+    source = Source(path=write_rows(*RANKINGS), kind="ranking")
+    for one in (source, replace(source, rankings="pairs"), source, replace(source, rankings="pairs")):
+        build(one, renderer, LENGTHS, cache_dir=cache)
+    assert len(made) == 2
+    for rankings in ("whole", "pairs"):  # other kinds know nothing of it
+        build(replace(source, kind="demonstration", rankings=rankings), renderer, LENGTHS, cache_dir=cache)  # type: ignore[arg-type]
+    assert len(made) == 3
+
+
+def test_comparisons_with_any_number_of_processes(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    rows = [{**RANKINGS[i % 3], "prompt": f"Sky {i}?"} for i in range(60)]
+    source = Source(path=write_rows(*rows), kind="ranking", rankings="pairs")
+    files = []
+    for workers in (1, 2):
+        folder = tmp_path / f"cache{workers}"
+        data = build(source, renderer, LENGTHS, cache_dir=folder, workers=workers)
+        assert (data.counts.kept, data.counts.dropped_all_tied, len(data)) == (40, 20, 100)
+        files += [(file.name, file.read_bytes()) for file in folder.iterdir()]
+    assert len(set(files)) == 1

@@ -164,6 +164,33 @@ GOOD: list[tuple[Kind, str, dict[str, Any], list[Record]]] = [
     ),
     ("ranking", "pair", PAIR | {"chosen_score": "2.5", "rejected_score": "-1"}, order(scores=(2.5, -1.0))),
     ("ranking", "pair", PAIR | {"chosen-rating": 5, "rejected-rating": 3, "metadata": None}, order(scores=(5.0, 3.0))),
+    # A margin stands in for scores, or for their difference; it neither makes nor breaks a tie
+    ("ranking", "pair", PAIR | {"margin": 2.5}, order(scores=(2.5, 0.0))),
+    ("ranking", "pair", PAIR | {"margin": "3"}, order(scores=(3.0, 0.0))),
+    ("ranking", "pair", PAIR | {"margin": 0}, order(scores=(0.0, 0.0))),
+    ("ranking", "pair", PAIR | {"margin": None}, order()),
+    ("ranking", "pair", PAIR | {"margin": ""}, order()),
+    ("ranking", "pair", BINARIZED | {"margin": 1}, order(scores=(1.0, 0.0))),
+    (
+        "ranking",
+        "pair",
+        BINARIZED | {"score_rejected": 8, "margin": 1},
+        order(ranks=(0, 0), scores=(8.0, 8.0)),
+    ),
+    ("demonstration", "pair", PAIR | {"margin": 1}, answer()),
+    ("feedback", "pair", PAIR | {"margin": 1}, wanted()),
+    (
+        "ranking",
+        "hh_prompt",
+        {"prompt": ASKED, "chosen": "a", "rejected": "b", "margin": 1},
+        order(HH_Q, scores=(1, 0)),
+    ),
+    ("ranking", "openai_pair", OPENAI | {"margin": 1}, order(scores=(1.0, 0.0))),
+    ("ranking", "sharegpt_pair", SHAREGPT_PAIR | {"margin": 1}, order(LONGER_PROMPT, scores=(1.0, 0.0))),
+    ("ranking", "shp", SHP | {"labels": 0, "margin": 4}, order(ranks=(1, 0), scores=(0.0, 4.0))),
+    ("ranking", "webgpt", WEBGPT | {"margin": 4}, order(scores=(4.0, 0.0))),
+    ("ranking", "safe_rlhf", SAFE | {"margin": 4}, order(scores=(4.0, 0.0))),
+    ("ranking", "summaries", SUMMARIES | {"margin": 4}, order(SUMMARIES_Q, scores=(4.0, 0.0))),
     (
         "ranking",
         "pair",
@@ -527,6 +554,24 @@ CUT = {"chosen": [user("p"), said()], "rejected": [user(), said("b")]}
             "no question of the tree has two",
         ),
         ("ranking", "webgpt", WEBGPT | {"score_1": None}, "score_1 is not a number: None"),
+        ("ranking", "webgpt", WEBGPT | {"score_1": float("nan")}, "score_1 is not a finite number"),
+        ("ranking", "shp", SHP | {"labels": 2}, "labels is not true or false: 2"),
+        ("ranking", "shp", SHP | {"labels": None}, "labels is not true or false: None"),
+        ("ranking", "shp", SHP | {"human_ref_B": "a "}, "two responses are the same: numbers 1 and 2, 'a'"),
+        ("ranking", "safe_rlhf", SAFE | {"better_response_id": 5}, "better_response_id is not true or false: 5"),
+        ("ranking", "safe_rlhf", SAFE | {"better_response_id": -1}, "better_response_id is not true or false: -1"),
+        ("ranking", "summaries", SUMMARIES | {"choice": 7}, "choice is not true or false: 7"),
+        ("ranking", "summaries", SUMMARIES | {"choice": "left"}, "choice is not true or false: 'left'"),
+        ("demonstration", "summaries", SUMMARIES | {"choice": 1, "summaries": [{"text": "a"}]}, "not two summaries: 1"),
+        ("feedback", "summaries", SUMMARIES | {"summaries": [{"text": x} for x in "abc"]}, "not two summaries: 3"),
+        ("ranking", "nectar", NECTAR | {"answers": [{"answer": "a", "rank": True}]}, "rank is not a number: True"),
+        ("ranking", "nectar", NECTAR | {"answers": [{"answer": "a", "rank": 1}]}, "fewer than two responses"),
+        ("ranking", "pair", PAIR | {"chosen": "b"}, "two responses are the same: numbers 1 and 2, 'b'"),
+        ("ranking", "pair", PAIR | {"margin": -0.5}, "the margin is negative: -0.5"),
+        ("ranking", "pair", PAIR | {"margin": "much"}, "margin is not a number: 'much'"),
+        ("ranking", "pair", PAIR | {"margin": True}, "margin is not a number: True"),
+        ("ranking", "pair", PAIR | {"margin": float("nan")}, "margin is not a finite number"),
+        ("ranking", "pair", PAIR | {"margin": 10**400}, "margin is not a number: 1000"),
         ("demonstration", "messages_feedback", LABELLED, "the answer was not wanted"),
         ("feedback", "messages_feedback", LABELLED | {"label": "perhaps"}, "label is not true or false: 'perhaps'"),
         ("feedback", "messages_feedback", LABELLED | {"label": 2}, "label is not true or false: 2"),
@@ -699,3 +744,21 @@ def _is_made(row: dict[str, Any], kind: Kind) -> bool:
         return bool(to_records(row, kind, detect(row, kind)))
     except (UserError, BadRow):  # a row of unwanted feedback is no demonstration
         return False
+
+
+@pytest.mark.parametrize("row", [PAIR | {"by": 2}, OPENAI | {"by": 2}, SHP | {"by": 2}])
+def test_a_margin_may_have_another_name(row: dict[str, Any]) -> None:
+    columns = {"margin": "by"}
+    (found,) = to_records(row, "ranking", detect(row, "ranking", columns=columns), columns=columns)
+    assert isinstance(found, Ranking) and found.scores == (2.0, 0.0)
+
+
+def test_every_ranking_can_be_read_as_demonstrations_without_being_taken_for_something_else() -> None:
+    """The reward model's zero is found on the preferred answers of its own data, whose format is told by the row."""
+    for kind, format, row, _ in GOOD:
+        if kind == "ranking" and not FORMATS[format].named_only:
+            assert detect(row, "demonstration") == format
+            found = [one for one in to_records(row, "demonstration", format) if isinstance(one, Demonstration)]
+            rankings = [one for one in to_records(row, "ranking", format) if isinstance(one, Ranking)]
+            best = [one.responses[one.ranks.index(0)] for one in rankings]
+            assert [one.messages[-1].content for one in found] == best

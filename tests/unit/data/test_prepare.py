@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.config.schema import DataConfig, LabConfig, MixConfig, ModelConfig, OnBadRow, ShapeConfig
-from rlhf_pipeline.config.stages import PretrainConfig
+from rlhf_pipeline.config.schema import (
+    DataConfig,
+    LabConfig,
+    LongResponse,
+    LossOn,
+    MixConfig,
+    ModelConfig,
+    NormaliseConfig,
+    OnBadRow,
+    Rankings,
+    ShapeConfig,
+)
+from rlhf_pipeline.config.stages import PretrainConfig, RmConfig
 from rlhf_pipeline.data import hub, lab_files, prepare, stage
 from rlhf_pipeline.data.order import Part
 from rlhf_pipeline.data.prompts import Renderer
@@ -124,6 +135,101 @@ def test_text_is_mixed_in_with_its_own_settings(renderer: Renderer, write_rows: 
     path = write_rows(*({"text": "The sky is blue."} for _ in range(9)))
     data = config(tmp_path, path, format="prompt_response", columns={"prompt": "q"}, max_examples=2)
     assert len(prepare.mixed_in(MixConfig(train=path), data, renderer)) == 9
+
+
+# Rankings
+
+
+def ranking(i: int, *, scores: tuple[int, ...] = (1, 3, 2)) -> dict[str, Any]:
+    return {"prompt": f"Is {i} odd?", "responses": ["No.", "Yes.", "Perhaps."][: len(scores)], "scores": list(scores)}
+
+
+def texts(renderer: Renderer, data: Any) -> list[tuple[str, ...]]:
+    """Prompt and responses of each tree."""
+    return [
+        tuple(renderer.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (t.prompt, *t.responses))
+        for t in data
+    ]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_training_in_pairs_leaves_held_out_rankings_whole(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path, own: bool
+) -> None:
+    """And on the same side as without it, so that figures on them can be compared."""
+    path = write_rows(*(ranking(i % 30, scores=(2, 2, 2) if i == 7 else (1, 3, 2)) for i in range(40)))
+    heldout = write_rows(*(ranking(i) for i in range(100, 110)), name="heldout.jsonl") if own else None
+    data = config(tmp_path, path, heldout=heldout, heldout_fraction=0.3)
+    whole, whole_out = trains(data, renderer, kind="ranking")
+    data.rankings = Rankings.pairs
+    pairs, out = trains(data, renderer, kind="ranking")
+    assert texts(renderer, out) == texts(renderer, whole_out) and all(len(tree.responses) == 3 for tree in out)
+    assert set(pairs.groups.tolist()) == {whole.groups[i] for i in range(len(whole)) if whole[i].ranks.max() > 0}
+    assert not set(pairs.groups.tolist()) & set(out.groups.tolist())
+    assert all(tree.ranks.tolist() == [0, 1] for tree in pairs)
+    assert len(pairs) == 3 * sum(tree.ranks.max() > 0 for tree in whole)
+    assert pairs.parts == (Part(len(pairs), 1),)
+    # Of another kind the setting says nothing.
+    assert len(trains(data, renderer)[0]) == len(whole)
+
+
+def test_a_reward_model_reads_rankings(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows(*(ranking(i) for i in range(20)))
+    settings = RmConfig(data=config(tmp_path, path, heldout_fraction=0.2))
+    sets, heldout = stage.data_sets(settings, renderer)
+    assert list(sets) == ["rankings"] and stage.KINDS["rankings"] == "ranking"
+    assert len(sets["rankings"]) + len(heldout) == 20
+    settings.batch.examples = 4
+    assert stage.batch_order(settings, sets["rankings"]).num_steps == -(-len(sets["rankings"]) // 4)
+
+
+def test_the_preferred_answers_are_read_to_normalise(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Bad rows and long ones are left out, whatever the policy: the rankings have told of them, or stopped."""
+    rows = [ranking(0), {"prompt": 3}, ranking(1, scores=(2, 2, 1)), {**ranking(2), "prompt": "~" * 60}, ranking(3)]
+    rows[4]["responses"][1] = "~" * 60
+    path = write_rows(*rows, *(ranking(i) for i in range(10, 20)))
+    data = config(tmp_path, path, loss=LossOn.all, rankings=Rankings.pairs, long_response=LongResponse.error)
+    settings = RmConfig(data=data, normalise=NormaliseConfig(examples=5))
+    found = stage.demonstrations_to_normalise(settings, renderer)
+    assert [answer for _, answer in texts(renderer, found)] == ["Yes.", "No."]  # the best; the first of two best
+    assert found.counts.rows == 5 and sum(found.counts.bad.values()) == 1
+    assert (found.counts.dropped_long_prompt, found.counts.dropped_long_response) == (1, 1)
+    assert all(scored.all() for tree in found for scored in tree.scored) and len(found[0].prompt) > 5
+    settings.normalise.examples = 100
+    assert len(stage.demonstrations_to_normalise(settings, renderer)) == 12
+    settings.data.max_examples = 1
+    assert len(stage.demonstrations_to_normalise(settings, renderer)) == 1
+
+
+def test_so_many_examples_to_normalise_of_all_sources_together(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Whatever their weights: as few rows of one as are read here may be none an epoch."""
+    paths = [write_rows(*(ranking(100 * n + i) for i in range(8)), name=f"{n}.jsonl") for n in range(3)]
+    train = [paths[0], {"path": paths[1], "weight": 0.2}, {"path": paths[2], "weight": 3, "format": "kwise"}]
+    settings = RmConfig(data=config(tmp_path, train), normalise=NormaliseConfig(examples=4))
+    found = stage.demonstrations_to_normalise(settings, renderer)
+    assert len(found) == 4 and found.counts.rows == 12
+    assert [found.origin(i).removeprefix(str(tmp_path)) for i in range(4)] == [
+        "/0.jsonl:1", "/0.jsonl:4", "/1.jsonl:4", "/2.jsonl:4",
+    ]  # fmt: skip
+    assert sum(share.weight for share in found.shares) == 3
+
+
+def test_demonstrations_of_their_own_to_normalise(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    """What is said of the rows of data.train does not hold for them; a bad one is as bad as any other."""
+    rows = [{"q": f"{i}?", "responses": ["Yes.", "No."], "scores": [1, 2]} for i in range(4)]
+    own = write_rows(*({"prompt": f"Why {i}?", "response": "So."} for i in range(6)), name="own.jsonl")
+    data = config(tmp_path, write_rows(*rows), columns={"prompt": "q"}, format="kwise", max_examples=2)
+    settings = RmConfig(data=data, normalise=NormaliseConfig(train=own, examples=5))
+    found = stage.demonstrations_to_normalise(settings, renderer)
+    assert len(found) == 5 and {answer for _, answer in texts(renderer, found)} == {"So."}
+    settings.normalise = NormaliseConfig(train={"path": own, "weight": 2})
+    with pytest.raises(UserError, match=r"normalise\.train: the weight of "):
+        stage.demonstrations_to_normalise(settings, renderer)
+    settings.normalise = NormaliseConfig(train=write_rows(*pairs(0, 3), {"prompt": "Why?"}, name="bad.jsonl"))
+    with pytest.raises(UserError, match=r"1 of 4 rows of .*bad\.jsonl"):
+        stage.demonstrations_to_normalise(settings, renderer)
 
 
 # The lab

@@ -30,7 +30,7 @@ WriteRows = Callable[..., str]
 @pytest.fixture
 def rankings(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> TreeDataset:
     rows = [
-        {"prompt": "Sky?", "responses": ["Blue.", "Grey.", "Blue."], "ranks": [1, 2, 1]},
+        {"prompt": "Sky?", "responses": ["Blue.", "Grey.", "Blue!"], "ranks": [1, 2, 1]},
         {"prompt": "Grass?", "responses": ["Green.", "Red and green."], "ranks": [1, 2]},
         {"prompt": "Sky?", "responses": ["Blue.", "Grey."], "ranks": [1, 2]},
         {"prompt": "Grass?", "responses": ["Green.", "Red and green."], "ranks": [2, 1]},
@@ -72,10 +72,18 @@ def test_hashes_tell_order_place_and_prompt_apart(renderer: Renderer, write_rows
 
 def test_duplicates(rankings: TreeDataset) -> None:
     found = set_report(rankings, read_contents(rankings), kind="ranking").duplicates
-    # Row 4 has the prompt and the responses of row 2 (other ranks); rows 3 and 4 repeat prompts; row 1 says Blue. twice.
-    assert (found.examples, found.prompts, found.responses) == (1, 2, 1)
+    # Row 4 has the prompt and the responses of row 2 (other ranks); rows 3 and 4 repeat prompts.
+    assert (found.examples, found.prompts, found.responses) == (1, 2, 0)
     (pair,) = found.first
     assert [place.rpartition(":")[2] for place in pair] == ["4", "2"]
+
+
+def test_responses_that_are_the_same_once_they_are_cut(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    row = {"prompt": "Sky?", "responses": ["~" * 99 + "a", "Blue.", "~" * 99 + "b"], "ranks": [1, 2, 3]}
+    data = build(Source(path=write_rows(row), kind="ranking"), renderer, LENGTHS, cache_dir=tmp_path / "cache")
+    assert set_report(data, read_contents(data), kind="ranking").duplicates.responses == 1
 
 
 def test_rankings_and_ties(rankings: TreeDataset) -> None:
@@ -84,10 +92,23 @@ def test_rankings_and_ties(rankings: TreeDataset) -> None:
     pairs = [(a, b) for tree in rankings for a, b in combinations(tree.ranks.tolist(), 2)]
     assert len(pairs) == 3 * 1 + 3 + 6 and sum(a == b for a, b in pairs) == 1 + 3
     assert report.tied == pytest.approx(4 / 12, abs=1e-4)
+    assert (report.comparisons, report.prompts, report.all_tied) == (12, 3, 0)
     long = [i for i, tree in enumerate(rankings) if len(tree) > 20]
     assert report.over_row_length is not None and report.over_row_length.trees == len(long) > 0
     assert report.over_row_length.first[0].startswith(rankings.origin(long[0]))
     assert report.over_max_length is not None and report.over_max_length.trees == 0
+
+
+def test_rankings_without_a_winner(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "responses": ["Blue.", "Grey.", "Red."], "scores": [1, 1, i % 3 + 1]} for i in range(6)]
+    data = build(Source(path=write_rows(*rows), kind="ranking"), renderer, LENGTHS, cache_dir=tmp_path / "cache")
+    report = set_report(data, read_contents(data), kind="ranking")
+    # Two rankings of three tied pairs, four of one.
+    assert (report.comparisons, report.prompts, report.all_tied) == (18, 6, 2)
+    assert report.tied == pytest.approx((2 * 3 + 4) / 18, abs=1e-4)
+    few = data.select(np.array([0, 1]))
+    report = set_report(few, read_contents(few), kind="ranking")
+    assert (report.comparisons, report.all_tied) == (6, 1) and report.tied == pytest.approx(4 / 6, abs=1e-4)
 
 
 def test_percentiles_are_lengths_that_occur() -> None:
@@ -169,6 +190,9 @@ def test_report_is_shown_and_saved(rankings: TreeDataset, tmp_path: Path) -> Non
     for expected in (
         "2: 3, 3: 1, 4: 1",
         "33.3%",
+        "comparisons",
+        "rankings of ties alone",
+        "longest (a packed row: 20)",
         "train: prompt",
         "batch.row_length=20",
         "5 prompts and 5 whole examples",
@@ -183,6 +207,7 @@ def test_documents_have_no_prompts(renderer: Renderer, write_rows: WriteRows, tm
     data = build(Source(path=path, kind="text"), renderer, LENGTHS, cache_dir=tmp_path / "cache")
     report = set_report(data, read_contents(data), kind="text")
     assert report.prompt is None and report.response is None and report.answers == {} and report.tied is None
+    assert (report.prompts, report.comparisons, report.all_tied) == (None, None, None)
     assert report.tree is not None and report.tree.max == 96 and report.duplicates.examples == 1
 
 
