@@ -17,6 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf_pipeline.tracking.records import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -24,7 +26,7 @@ from rlhf_pipeline.tracking.records import (
     read_samples,
     write_atomically,
 )
-from rlhf_pipeline.tracking.sinks import Metrics, Rows, Sink
+from rlhf_pipeline.tracking.sinks import Images, Metrics, Rows, Sink
 
 WANDB_ID_FILE = "wandb.json"
 TENSORBOARD_DIR = "tensorboard"
@@ -58,7 +60,8 @@ class WandbMirror(Sink):
       `wandb sync` lets the last one win. So the last one is complete, and those before it are moved to
       `wandb/superseded`.
 
-    Steps are passed explicitly, so parts of one step share one row.
+    Steps are passed explicitly, so parts of one step share one row. Pictures are no part of the run's record: those
+    of steps before the restored one are not sent again.
     """
 
     name = "wandb"
@@ -90,6 +93,7 @@ class WandbMirror(Sink):
             # A silent session never asks for an API key on the terminal: without one, init raises.
             wandb.setup(settings=wandb.Settings(silent=True))
             self._table = wandb.Table
+            self._image = wandb.Image
             self._run = wandb.init(
                 dir=str(run_dir),
                 mode=mode,
@@ -126,6 +130,10 @@ class WandbMirror(Sink):
         table = self._table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
         self._run.log({"samples": table}, step=step)
 
+    def images(self, step: int, images: Images) -> None:
+        if step >= self._first_step and images:
+            self._run.log({name: self._image(str(path)) for name, path in images.items()}, step=step)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(json.loads(json.dumps(values, default=str)))
 
@@ -157,6 +165,14 @@ class TensorboardMirror(Sink):
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
+
+    def images(self, step: int, images: Images) -> None:
+        from PIL import Image  # matplotlib's, which drew them
+
+        for name, path in images.items():
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))  # uint8 [height, width, 3]
+            self._writer.add_image(name, pixels, global_step=step, dataformats="HWC")
 
     def sync(self) -> None:
         self._writer.flush()

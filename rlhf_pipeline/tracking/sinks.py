@@ -7,6 +7,7 @@ The sinks are the run's own files (`records`), the mirrors wandb and TensorBoard
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 TIME_PREFIX = "time/"
@@ -17,6 +18,7 @@ ETA = "time/eta"
 
 Metrics = Mapping[str, float]
 Rows = Sequence[Mapping[str, str]]
+Images = Mapping[str, Path]
 
 
 class Sink:
@@ -31,6 +33,9 @@ class Sink:
 
     def samples(self, step: int, rows: Rows) -> None:
         """Take the texts sampled at one evaluation."""
+
+    def images(self, step: int, images: Images) -> None:
+        """Take pictures, by name, that the run has written as PNG files."""
 
     def progress(self, step: int, total: int, eta_seconds: float | None) -> None:
         """Take the position in the run."""

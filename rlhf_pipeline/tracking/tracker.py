@@ -55,6 +55,13 @@ class Tracker:
             raise ValueError("'step' is not a column of samples: it is the key of the line")
         self._each(lambda sink: sink.samples(int(step), rows))
 
+    def images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Copy PNG files, which the run has written, to the mirrors; names are flat, like those of metrics.
+
+        The files are the record: they are read at once, and may be written anew for the next step.
+        """
+        self._each(lambda sink: sink.images(int(step), images))
+
     def progress(self, step: int, total: int) -> None:
         """Report the position after each optimiser step: `step` of `total` are done."""
         if not self._sinks:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import signal
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_tracking import HF_TOKEN, drive, open_plain, run_on_terminal
+from helpers_tracking import HF_TOKEN, clean_environment, drive, open_plain, run_on_terminal
+from PIL import Image
 
 from rlhf_pipeline.tracking import read_metrics
 from rlhf_pipeline.tracking.mirrors import WandbMirror
@@ -40,6 +45,36 @@ def test_tensorboard_purges_what_came_after_the_restored_step(tmp_path: Path) ->
         (5, 50.0),
         (6, 60.0),
     ]
+
+
+def write_picture(path: Path, colour: tuple[int, int, int]) -> None:
+    """3 wide, 2 high, one pixel marked so that a turned or mirrored picture is told from it."""
+    picture = Image.new("RGB", (3, 2), colour)
+    picture.putpixel((2, 0), (1, 254, 3))
+    picture.save(path)
+
+
+def test_tensorboard_shows_the_pictures_as_they_were_at_their_step(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+
+    def run(restored_step: int | None, steps: range, red: int) -> None:
+        with open_plain(tmp_path, restored_step=restored_step, tensorboard=True) as tracker:
+            for step in steps:
+                write_picture(path, (red + step, 0, 7))
+                tracker.images(step, {"eval/reliability": path})
+
+    run(None, range(1, 4), red=100)
+    run(2, range(3, 5), red=200)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    pixels = {}
+    for event in events.Images("eval/reliability"):
+        with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
+            pixels[event.step] = [picture.getpixel((x, y)) for y in range(2) for x in range(3)]
+    plain = {1: (101, 0, 7), 2: (102, 0, 7), 3: (203, 0, 7), 4: (204, 0, 7)}
+    assert pixels == {step: [one, one, (1, 254, 3), one, one, one] for step, one in plain.items()}
 
 
 # --- wandb
@@ -105,6 +140,56 @@ def test_wandb_offline_run_is_complete_after_kill_and_resume(tmp_path: Path) -> 
     assert not (tmp_path / "home").exists(), "everything stays in the run directory"
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or HF_TOKEN.encode() not in file.read_bytes(), file
+
+
+# Draws one file anew for each of 4 steps. Arguments: run directory, restored step or "none", the picture's folder.
+PICTURES = """
+import shutil, sys
+from pathlib import Path
+from rlhf_pipeline.tracking import open_tracker
+
+run_dir, restored, pictures = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+restored_step = None if restored == "none" else int(restored)
+with open_tracker(
+    run_dir=run_dir, name="demo", stage="rm", config={}, wandb="offline", wandb_project="tests", wandb_entity=None,
+    tensorboard=False, progress=False, restored_step=restored_step, is_main=True,
+) as tracker:
+    for step in range((restored_step or 0) + 1, 5):
+        tracker.log(step, {"train/loss": 1 / step})
+        shutil.copy(pictures / f"{step}.png", run_dir / "plot.png")
+        tracker.images(step, {"eval/reliability": run_dir / "plot.png"})
+        tracker.log(step, {"eval/accuracy": 0.5})
+"""
+
+
+def test_wandb_gets_the_pictures_as_they_were_at_their_step(tmp_path: Path) -> None:
+    run_dir, hashes = tmp_path / "run", {}
+    for step in range(1, 5):
+        write_picture(tmp_path / f"{step}.png", (step, 0, 0))
+        hashes[step] = hashlib.sha256((tmp_path / f"{step}.png").read_bytes()).hexdigest()
+
+    def run(restored: str) -> tuple[dict[int, dict[str, Any]], set[str]]:
+        done = subprocess.run(
+            [sys.executable, "-c", PICTURES, str(run_dir), restored, str(tmp_path)],
+            env=clean_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")  # no warning of a mirror that was dropped
+        (history,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+        files = history.parent.glob("files/media/images/eval/*.png")
+        return history_of(history), {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def row(step: int) -> dict[str, Any]:
+        return {"train/loss": 1 / step, "eval/accuracy": 0.5}
+
+    rows, files = run("none")
+    assert rows == {step: row(step) | {"eval/reliability": hashes[step]} for step in range(1, 5)}
+    assert files == set(hashes.values())
+    rows, files = run("2")  # metrics are sent again from the run's files; pictures of steps 1 and 2 are not
+    assert rows == {1: row(1), 2: row(2)} | {step: row(step) | {"eval/reliability": hashes[step]} for step in (3, 4)}
+    assert files == {hashes[3], hashes[4]}
 
 
 class FakeWandb(BaseHTTPRequestHandler):
@@ -213,12 +298,19 @@ def test_wandb_is_not_sent_what_it_has() -> None:
     mirror: Any = WandbMirror.__new__(WandbMirror)
     mirror._first_step = 7
     mirror._table = lambda columns, data: (columns, data)
+    mirror._image = lambda path: f"picture of {path}"
     mirror._run = SimpleNamespace(log=lambda values, step: sent.append((step, values)))
     for step in (6, 7):
         mirror.log(step, {"a": 1.0})
         mirror.samples(step, [{"prompt": "p", "response": "r"}])
+        mirror.images(step, {"eval/plot": Path("plot.png")})
     mirror.samples(8, [])
-    assert sent == [(7, {"a": 1.0}), (7, {"samples": (["prompt", "response"], [["p", "r"]])})]
+    mirror.images(8, {})
+    assert sent == [
+        (7, {"a": 1.0}),
+        (7, {"samples": (["prompt", "response"], [["p", "r"]])}),
+        (7, {"eval/plot": "picture of plot.png"}),
+    ]
 
 
 def test_wandb_without_a_login_warns_once_and_never_asks(tmp_path: Path) -> None:
