@@ -60,6 +60,7 @@ class Manifest:
     parents: dict[str, Parent] = field(default_factory=dict)
     reward_shift: float | None = None  # reward models: consumers subtract it, then divide by the scale
     reward_scale: float | None = None
+    reward_log_tie: float | None = None  # log nu of Davidson (1970), of reward models that model ties
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
     files: dict[str, str] = field(default_factory=dict)  # name, of those in folders folder/name -> sha256
@@ -114,8 +115,8 @@ def link(source: Path, target: Path) -> None:
         publish(partial, target)
 
 
-def load(path: str | Path, *, kind: Kind) -> Manifest:
-    """Check an artifact and return its manifest.
+def load(path: str | Path, *, kind: Kind | tuple[Kind, ...]) -> Manifest:
+    """Check an artifact, which must be of (one of) the kind, and return its manifest.
 
     Raises:
         UserError: for a missing, unfinished or damaged artifact, or one of another kind; says which, and what to do.
@@ -133,6 +134,8 @@ def load(path: str | Path, *, kind: Kind) -> Manifest:
         raise UserError(
             f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version that wrote it"
         )
+    if isinstance(raw, dict):
+        raw.setdefault("reward_log_tie", None)  # came later than the others
     if not isinstance(raw, dict) or any(one.name not in raw for one in fields(Manifest)):
         raise UserError(f"{folder / MANIFEST}: not a whole manifest; run the stage that makes it again")
     for name, digest in raw["files"].items():
@@ -142,9 +145,11 @@ def load(path: str | Path, *, kind: Kind) -> Manifest:
             raise UserError(
                 f"{folder}: {name} is damaged (its checksum differs); copy it afresh, or run the stage again"
             )
-    if raw["kind"] != kind:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if raw["kind"] not in kinds:
         raise UserError(
-            f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a {kind.value} is needed here"
+            f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a "
+            f"{' or a '.join(one.value for one in kinds)} is needed here"
         )
     parents = {name: Parent(**parent) for name, parent in raw.pop("parents").items()}
     return Manifest(**{**raw, "kind": Kind(raw["kind"]), "parents": parents})
@@ -154,7 +159,7 @@ def is_artifact(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def parent(path: str, *, kind: Kind) -> Parent:
+def parent(path: str, *, kind: Kind | tuple[Kind, ...]) -> Parent:
     """`path` as another artifact's parent; a plain Hugging Face folder or a hub id is welcome as a root."""
     if not is_artifact(path):
         return Parent(path=path, content_hash=None)

@@ -16,12 +16,14 @@ app = typer.Typer(
 TRAINING = {
     "pretrain": "Train a tokenizer and a base language model on text.",
     "sft": "Fine-tune a model on demonstrations.",
+    "rm": "Train a reward model on rankings, K answers a prompt.",
 }
 STAGES = {
     **TRAINING,
     "prep": "Check, tokenise and count data before any training: rlhf prep [STAGE] with that stage's arguments.",
     "generate": "Answer prompts from a file, standard input or the lab, as JSON lines.",
     "chat": "Talk to a model in the terminal.",
+    "score": "Give answers from a file their rewards, as JSON lines.",
     "evaluate": "Score models beside each other.",
 }
 

@@ -23,6 +23,7 @@ from rlhf_pipeline.runtime import world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its step count
 MASTER = "master"
+LR_SCALE = "lr_scale"  # an attribute of parameters whose learning rate is a multiple of the others'
 
 
 def deepspeed_json(engine: EngineConfig, *, dtype: Dtype, max_grad_norm: float) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class Engine:
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear. Returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group[LR_SCALE]
         norm = None
         if self.zero_stage == 0:
             parameters = [p for p in self.names if p.requires_grad]
@@ -271,13 +272,16 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only; one group where there is none, since every group costs a partition."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if weight_decay == 0:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    # A parameter in ZeRO-3 partitions is flat; its own shape is kept beside it.
-    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for p in parameters}
+    """Weight decay on matrices only, and learning rates of their own; no group without members, since each costs a
+    partition."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            # A parameter in ZeRO-3 partitions is flat; its own shape is kept beside it.
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            key = (is_matrix and weight_decay > 0, getattr(parameter, LR_SCALE, 1.0))
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in parameters if dimensions[p] >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if dimensions[p] < 2], "weight_decay": 0.0},
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, LR_SCALE: scale}
+        for (decays, scale), members in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1]))
     ]

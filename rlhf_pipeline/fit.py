@@ -31,7 +31,7 @@ from rlhf_pipeline.run import Run
 from rlhf_pipeline.runtime import StopRequest
 from rlhf_pipeline.tracking import Tracker
 
-Loss = Callable[[Tensor, TreeBatch], Mapping[str, Term]]
+Loss = Callable[[Any, TreeBatch], Mapping[str, Term]]  # of what the module returns
 Counts = Callable[[PackedTrees], Mapping[str, float]]
 
 

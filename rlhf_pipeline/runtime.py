@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from rlhf_pipeline.config.schema import Device, RuntimeConfig
 from rlhf_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def rank() -> int:
@@ -114,6 +118,19 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Add the values of every rank by name, in fp64. Every rank must name the same things."""
     return _reduce(values, "SUM")
+
+
+def sum_array_over_ranks(values: np.ndarray) -> np.ndarray:
+    """Add an array of float64 of every rank, element by element."""
+    if world_size() == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    total = torch.from_numpy(values).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
 
 
 def max_over_ranks(values: Mapping[str, float]) -> dict[str, float]:

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_pipeline.config.schema import (
+    AnswersConfig,
     Architecture,
     Attention,
     DataConfig,
     Dtype,
+    EvaluationKind,
     LabConfig,
     ModelConfig,
     Offload,
     OptimConfig,
     PromptsConfig,
     Quantise,
+    RankingLoss,
     SamplingConfig,
+    Ties,
 )
 from rlhf_pipeline.config.stages import (
     ChatConfig,
@@ -27,6 +31,8 @@ from rlhf_pipeline.config.stages import (
     GenerateConfig,
     PrepConfig,
     PretrainConfig,
+    RmConfig,
+    ScoreConfig,
     SftConfig,
     StageConfig,
 )
@@ -62,14 +68,16 @@ def check(config: CommandConfig) -> list[str]:
             sections += [_engine(config), _stage(config)]
         case PrepConfig():
             sections += [_data(config.data)]
-        case GenerateConfig() | EvaluateConfig():
+        case GenerateConfig():
             sections += [_prompts(config.prompts), _sampling(config.sampling)]
         case ChatConfig():
             sections += [_sampling(config.sampling)]
-    if isinstance(config, GenerateConfig | ChatConfig) and config.model.path is None:
+        case ScoreConfig():
+            sections += [_answers(config.data), _positive("batch_tokens", config.batch_tokens)]
+        case EvaluateConfig():
+            sections += [_evaluate(config), _positive("batch_tokens", config.batch_tokens)]
+    if isinstance(config, GenerateConfig | ChatConfig | ScoreConfig) and config.model.path is None:
         sections.append(iter(["model.path: has no value; add model.path=<an artifact, a folder or a hub id>"]))
-    if isinstance(config, EvaluateConfig):
-        sections.append(_evaluate(config))
     return [problem for section in sections for problem in section]
 
 
@@ -149,6 +157,17 @@ def _prompts(prompts: PromptsConfig) -> Iterator[str]:
     yield from _lab("prompts.lab", prompts.lab)
 
 
+def _answers(answers: AnswersConfig) -> Iterator[str]:
+    if answers.path != "-":
+        yield from _source("data.path", answers.path)
+    if answers.max_length < 2:
+        yield f"data.max_length={answers.max_length}: a prompt token and an answer's token need 2"
+    if answers.max_examples is not None:
+        yield from _positive("data.max_examples", answers.max_examples)
+    yield from _columns("data.columns", answers.columns)
+    yield from _lab("data.lab", answers.lab)
+
+
 def _sampling(sampling: SamplingConfig) -> Iterator[str]:
     for name in ("temperature", "top_k", "min_new_tokens"):
         if getattr(sampling, name) < 0:
@@ -173,8 +192,15 @@ def _evaluate(config: EvaluateConfig) -> Iterator[str]:
     for name in config.systems if isinstance(config.systems, dict) else []:
         if "/" in str(name) or str(name).startswith("."):
             yield f"systems.{name}: a system's name is a folder name, without a slash and not starting with a dot"
-    if config.sampling.samples != 1:
-        yield f"sampling.samples={config.sampling.samples}: kind={config.kind.value} compares one answer a prompt"
+    if config.kind is EvaluationKind.rm:
+        yield from _answers(config.data)
+    else:
+        yield from _prompts(config.prompts)
+        yield from _sampling(config.sampling)
+    if config.kind is EvaluationKind.gold and config.sampling.samples != 1:
+        yield f"sampling.samples={config.sampling.samples}: kind=gold compares one answer a prompt"
+    if config.kind is EvaluationKind.select and config.reward.path is None:
+        yield "reward.path: has no value; add reward.path=<a reward model>"
     if config.samples < 0:
         yield f"samples={config.samples}: must not be negative"
 
@@ -301,15 +327,41 @@ def _engine(config: StageConfig) -> Iterator[str]:
 def _stage(config: StageConfig) -> Iterator[str]:
     if isinstance(config, PretrainConfig) and config.model.path is not None and config.tokenizer.path is not None:
         yield "tokenizer.path: model.path brings its own tokenizer; leave one of them out"
+    from_scratch = config.model.path is None and config.model.shape is not None
+    if isinstance(config, SftConfig | RmConfig) and from_scratch and config.tokenizer.path is None:
+        yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
+    if isinstance(config, RmConfig):
+        yield from _ranking(config)
     if isinstance(config, SftConfig):
-        if config.model.path is None and config.model.shape is not None and config.tokenizer.path is None:
-            yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
         if not 0 <= config.mix.ratio < 1:
             yield f"mix.ratio={config.mix.ratio}: must be at least 0 and less than 1"
         if config.mix.ratio > 0 or config.mix.train is not None:
             yield from _source("mix.train", config.mix.train)
         if config.mix.train is not None and config.mix.ratio == 0:
             yield "mix.ratio=0.0: leaves mix.train out; give the share of the examples that it is to have"
+
+
+def _ranking(config: RmConfig) -> Iterator[str]:
+    objective, normalise = config.objective, config.normalise
+    if objective.margin < 0:
+        yield f"objective.margin={objective.margin}: must not be negative"
+    if objective.centring < 0:
+        yield f"objective.centring={objective.centring}: must not be negative"
+    if not 0 <= objective.label_smoothing < 0.5:
+        yield f"objective.label_smoothing={objective.label_smoothing}: must be at least 0 and less than a half"
+    if objective.loss is RankingLoss.plackett_luce:
+        for key, is_set in {
+            "ties=model": objective.ties is Ties.model,
+            f"margin={objective.margin}": objective.margin > 0,
+            f"label_smoothing={objective.label_smoothing}": objective.label_smoothing > 0,
+        }.items():
+            if is_set:
+                yield f"objective.{key}: is about pairs, and objective.loss=plackett_luce has none; use pairwise"
+    if config.evaluation.samples:
+        yield f"evaluation.samples={config.evaluation.samples}: a reward model writes no answers; set it to 0"
+    if normalise.train is not None:
+        yield from _source("normalise.train", normalise.train)
+    yield from _positive("normalise.examples", normalise.examples)
 
 
 def _positive(key: str, value: float) -> Iterator[str]:

@@ -103,7 +103,31 @@ class Quantise(StrEnum):
 
 
 class EvaluationKind(StrEnum):
-    gold = "gold"  # the lab's judge
+    gold = "gold"  # the lab's judge over answers of several systems
+    rm = "rm"  # reward models, and policies as such, over answers whose order is known
+    select = "select"  # the epoch of a fine-tuning whose answers a reward model likes best
+
+
+class Rankings(StrEnum):
+    whole = "whole"  # all answers to a prompt are one example
+    pairs = "pairs"  # every comparison is an example of its own, shuffled apart from the others
+
+
+class RankingLoss(StrEnum):
+    pairwise = "pairwise"  # Bradley-Terry over all pairs (Ouyang et al. 2022, equation 1)
+    plackett_luce = "plackett_luce"  # the whole order at once
+
+
+class Comparisons(StrEnum):
+    """By what the sum over a prompt's comparisons is divided."""
+
+    kept = "kept"  # those that are not left out as ties
+    literal = "literal"  # K over 2, as printed
+
+
+class Ties(StrEnum):
+    drop = "drop"  # as InstructGPT
+    model = "model"  # Davidson (1970): a tie is an outcome with a probability of its own
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,6 +202,7 @@ class LabConfig:
     prompts: int = 4_000
     heldout_demonstrations: int = 500
     heldout_rankings: int = 400
+    heldout_gold_rankings: int = 400  # the same answers, ranked by the judge
     heldout_prompts: int = 500
 
 
@@ -202,6 +227,7 @@ class DataConfig:
     long_response: LongResponse = LongResponse.cut
     on_bad_row: OnBadRow = OnBadRow.error
     loss: LossOn = LossOn.responses
+    rankings: Rankings = Rankings.whole
     workers: int | None = operational(None)  # processes that tokenise; null: the processor's cores
     cache_dir: str = operational("${runs}/cache")
 
@@ -235,6 +261,43 @@ class SamplingConfig:
     min_new_tokens: int = 0
     samples: int = 1  # a prompt
     batch_tokens: int = operational(32_768)  # rows times their longest possible length, in one batch
+
+
+@dataclass(kw_only=True, slots=True)
+class AnswersConfig:
+    """Prompts with answers, to be scored; see docs/data-formats.md."""
+
+    path: Any = None  # as data.train
+    format: str = "auto"
+    columns: Any = None
+    split: str = "train"
+    lab: LabConfig = dataclasses.field(default_factory=LabConfig)
+    max_examples: int | None = None
+    max_length: int = 2048  # tokens of a prompt and an answer; a longer prompt loses its beginning
+    on_bad_row: OnBadRow = OnBadRow.error
+    cache_dir: str = operational("${runs}/cache")
+
+
+@dataclass(kw_only=True, slots=True)
+class RankingConfig:
+    """The reward model's loss; see docs/reward-model.md."""
+
+    loss: RankingLoss = RankingLoss.pairwise
+    divide_by: Comparisons = Comparisons.kept
+    ties: Ties = Ties.drop
+    margin: float = 0.0  # times the difference of the two scores (Llama 2); a row's own margin counts as that
+    label_smoothing: float = 0.0
+    centring: float = 0.0  # weight of (r_w + r_l)^2 (Eisenstein et al. 2023)
+
+
+@dataclass(kw_only=True, slots=True)
+class NormaliseConfig:
+    """Demonstrations whose mean reward becomes the zero, and whose spread the unit, of all rewards (InstructGPT, 3.5)."""
+
+    train: Any = None  # as data.train; null: the preferred answers of data.train
+    format: str = "auto"
+    split: str = "train"
+    examples: int = 512  # at most
 
 
 @dataclass(kw_only=True, slots=True)

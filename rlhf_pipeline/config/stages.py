@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pipeline.config.schema import (
+    AnswersConfig,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
@@ -15,8 +16,10 @@ from rlhf_pipeline.config.schema import (
     LoraConfig,
     MixConfig,
     ModelConfig,
+    NormaliseConfig,
     OptimConfig,
     PromptsConfig,
+    RankingConfig,
     ReadyModelConfig,
     RowKind,
     RuntimeConfig,
@@ -69,6 +72,14 @@ class SftConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RmConfig(StageConfig):
+    """`rlhf rm`: a reward model from rankings."""
+
+    objective: RankingConfig = field(default_factory=RankingConfig)
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class PrepConfig(CommandConfig):
     """`rlhf prep`: what a data set holds, before any training. `rlhf prep <stage>` takes that stage's config instead."""
 
@@ -101,14 +112,33 @@ class ChatConfig(CommandConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class ScoreConfig(CommandConfig):
+    """`rlhf score`: rewards of answers, as JSON lines."""
+
+    model: ReadyModelConfig = field(default_factory=ReadyModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: AnswersConfig = field(default_factory=AnswersConfig)
+    normalised: bool = True  # by the shift and scale that the reward model's artifact holds
+    output: str | None = None  # null: rewards.jsonl in the run's folder; - writes to standard output
+    batch_tokens: int = operational(4096)  # in one forward pass
+    runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig(CommandConfig):
     """`rlhf evaluate`: models beside each other."""
 
     kind: EvaluationKind = EvaluationKind.gold
-    systems: Any = None  # {name: a model, or a .jsonl file of `rlhf generate`}
+    # gold: {name: a model, or a .jsonl file of `rlhf generate`}; rm: {name: a reward model, a policy, or lab:<labeler>};
+    # select: {name: a run of `rlhf sft`, or a model}
+    systems: Any = None
+    data: AnswersConfig = field(default_factory=AnswersConfig)  # kind=rm: answers whose order is known
+    reference: str | None = None  # kind=rm: what policies were trained from; null: the artifact's parent
+    reward: ReadyModelConfig = field(default_factory=ReadyModelConfig)  # kind=select
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch_tokens: int = operational(4096)  # scored in one forward pass
     samples: int = operational(6)  # answers of each system shown side by side
     runtime: RuntimeConfig = operational(factory=RuntimeConfig)
 
@@ -116,9 +146,11 @@ class EvaluateConfig(CommandConfig):
 STAGES: dict[str, type[CommandConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "rm": RmConfig,
     "prep": PrepConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
+    "score": ScoreConfig,
     "evaluate": EvaluateConfig,
 }
 TRAINING = [name for name, schema in STAGES.items() if issubclass(schema, StageConfig)]

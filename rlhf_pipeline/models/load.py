@@ -1,4 +1,7 @@
-"""Causal language models: from a folder, a hub id or a shape, with no dropout unless asked, ZeRO-3 partitioned as built."""
+"""Opens models: policies and reward models to train, from a folder, a hub id or a shape, and finished reward models.
+
+With no dropout unless asked; under ZeRO-3 partitioned as they are built. Policies to sample from: `generation.load`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,24 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.config.schema import Architecture, Attention, Dtype, LoraConfig, ModelConfig, Quantise, ShapeConfig
+from rlhf_pipeline.config.schema import (
+    Architecture,
+    Attention,
+    Dtype,
+    LoraConfig,
+    ModelConfig,
+    Quantise,
+    ReadyModelConfig,
+    ShapeConfig,
+)
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models import lora as adapters
-from rlhf_pipeline.models.tree_model import FULL, TreeModel
+from rlhf_pipeline.models.scalar_head import TreeScorer, draw_head, head_of
+from rlhf_pipeline.models.self_check import self_check
+from rlhf_pipeline.models.tree_model import FULL, TreeModel, TreeModule
 
+LANGUAGE_MODEL, CLASSIFIER = "causal language model", "sequence classifier"
+HEAD_WEIGHT = f"{adapters.HEAD}.weight"
 TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
@@ -36,27 +52,105 @@ def load_policy(
         UserError: when the model cannot be found or opened, is too small for the tokenizer, or cannot run packed trees;
             when it cannot be adapted as `lora` says.
     """
-    from transformers.utils.logging import disable_progress_bar
+    inner = _trainable(model, lora, tokenizer, seed, device, deepspeed_config, what=LANGUAGE_MODEL)
+    policy = TreeModel(inner)
+    policy.use_attention(_attention(model.attention, policy, device, dropout=model.dropout))
+    return policy
 
-    disable_progress_bar()  # of loading and saving; the run has one of its own
-    with zero3_construction(deepspeed_config):
-        inner = _from_shape(model, seed) if model.shape else _from_pretrained(model, lora, device)
+
+def load_scorer(
+    model: ModelConfig,
+    *,
+    lora: LoraConfig | None = None,
+    tokenizer: Any,
+    seed: int,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None,
+) -> TreeScorer:
+    """The trainable reward model of a stage, as `load_policy`: the body of a causal language model under a new head.
+
+    Where `model.path` is a reward model, it keeps its head.
+
+    Raises:
+        UserError: see `load_policy`; for a family that has no sequence classifier of the kind that is needed.
+    """
+    inner = _trainable(model, lora, tokenizer, seed, device, deepspeed_config, what=CLASSIFIER)
+    scorer = TreeScorer(inner)
+    scorer.use_attention(_attention(model.attention, scorer, device, dropout=model.dropout))
+    return scorer
+
+
+def open_reward_model(config: ReadyModelConfig, tokenizer: Any, device: torch.device) -> TreeScorer:
+    """A finished reward model in evaluation mode on `device`, checked.
+
+    Raises:
+        UserError: when it cannot be opened, or weights are missing: it is no reward model then.
+    """
+    path = str(config.path)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if not Path(path).is_dir():
+        options["revision"] = config.revision
+    options["dtype"] = TORCH_DTYPES[config.dtype] if config.dtype else "auto"
+    with _errors_only():
+        inner, missing = _opened(path, options, what=CLASSIFIER)
+    if missing:  # transformers would fill them with random numbers
+        raise UserError(f"model.path={path}: holds no reward model: {_some(missing)}; rlhf rm makes one from it")
+    _refuse_small(inner, tokenizer)
+    scorer = TreeScorer(inner.requires_grad_(False)).to(device).eval()
+    scorer.use_attention(_attention(Attention.auto, scorer, device, dropout=0.0))
+    self_check(scorer, device)
+    return scorer
+
+
+def _trainable(
+    model: ModelConfig,
+    lora: LoraConfig | None,
+    tokenizer: Any,
+    seed: int,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None,
+    *,
+    what: str,
+) -> Any:
+    """The transformers model of a stage, with its adapters and special ids."""
+    with zero3_construction(deepspeed_config), _errors_only():
+        if model.shape:
+            inner, missing = _from_shape(model, seed, what), [HEAD_WEIGHT]
+        else:
+            inner, missing = _from_pretrained(model, lora, device, what)
+        if what == CLASSIFIER and HEAD_WEIGHT in missing:
+            draw_head(inner, seed)
+        if what == CLASSIFIER and tokenizer.pad_token_id == inner.config.get_text_config().vocab_size:
+            torch.manual_seed(seed)  # the new row is drawn; nothing ever attends to it, see data.tokenizer
+            inner.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
     set_special_ids(inner, tokenizer)
     if lora is not None:
         adapters.add_adapters(inner, lora, seed=seed, dtype=TORCH_DTYPES[model.dtype])
     if model.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = TreeModel(inner)
-    policy.use_attention(_attention(model, policy, device))
-    return policy
+    return inner
 
 
-def _attention(model: ModelConfig, policy: TreeModel, device: torch.device) -> Attention:
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """transformers shows its progress in loading and saving, where the run has one of its own, and reports on heads that
+    are missing, which is no surprise here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _attention(asked: Attention, model: TreeModule, device: torch.device, *, dropout: float) -> Attention:
     """The form of attention to run in; `auto` takes the fastest that the model's layers allow."""
-    asked = model.attention
-    family = policy.inner.config.model_type
-    plain = policy.kinds == [FULL] and policy.inner.config._attn_implementation == "sdpa"
-    flexible = bool(policy.inner._supports_flex_attn)
+    family = model.inner.config.model_type
+    plain = model.kinds == [FULL] and model.inner.config._attn_implementation == "sdpa"
+    flexible = bool(model.inner._supports_flex_attn)
     if asked is Attention.paths and not plain:
         raise UserError(f"model.attention=paths: {family} has windows or an attention of its own; use dense")
     if asked is Attention.block and not flexible:
@@ -65,7 +159,7 @@ def _attention(model: ModelConfig, policy: TreeModel, device: torch.device) -> A
         return asked
     if device.type == "cuda":
         # transformers' flex attention knows no dropout.
-        return Attention.block if flexible and not model.dropout else Attention.dense
+        return Attention.block if flexible and not dropout else Attention.dense
     return Attention.paths if plain else Attention.dense
 
 
@@ -85,39 +179,87 @@ def zero3_construction(deepspeed_config: dict[str, Any] | None) -> Iterator[None
         del kept_alive
 
 
-def _from_pretrained(model: ModelConfig, lora: LoraConfig | None, device: torch.device) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _from_pretrained(
+    model: ModelConfig, lora: LoraConfig | None, device: torch.device, what: str
+) -> tuple[Any, list[str]]:
+    """The model, and the names of weights that its files lack."""
+    from transformers import AutoConfig
 
     path = str(model.path)
     adapter = _adapter_settings(model)
     if adapter is not None:
-        return _from_adapter(model, lora, device, adapter)
+        return _from_adapter(model, lora, device, adapter, what)
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if not Path(path).is_dir():
         options["revision"] = model.revision
     quantised = adapters.quantisation(lora, TORCH_DTYPES[model.dtype], device)
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        if lora is not None and getattr(config, "quantization_config", None) is not None:
-            raise UserError(f"model.path={path}: is quantised already; take the model it was made of, with lora=qlora")
-        set_dropout(config, model.dropout)
-        options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype], **quantised}
-        try:
-            inner = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
-        except ValueError as error:
-            if "attention" not in str(error):
-                raise
-            # Families without scaled-dot-product attention say so here; their own attention takes the same mask.
-            inner = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: cannot be opened as a causal language model: {error}") from error
+        raise UserError(f"model.path={path}: cannot be opened as a {what}: {error}") from error
+    if lora is not None and getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model.path={path}: is quantised already; take the model it was made of, with lora=qlora")
+    set_dropout(config, model.dropout)
+    _refuse_other_kinds(path, config, what)
+    if what == CLASSIFIER:
+        config.num_labels = 1
+    try:
+        options |= {"config": config, "dtype": TORCH_DTYPES[model.dtype], **quantised}
+        inner, missing = _opened(path, options, what=what)
     except (RuntimeError, ImportError) as error:
         if not quantised:
             raise
         raise UserError(f"lora.quantise: {path} cannot be quantised on {device.type}: {error}") from error
+    if what == CLASSIFIER:
+        head_of(inner)
+    if lacking := [name for name in missing if what == LANGUAGE_MODEL or name != HEAD_WEIGHT]:
+        raise UserError(f"model.path={path}: holds no whole {what}: {_some(lacking)}; is it one of another kind?")
     if quantised:
         adapters.settle_quantised(inner)
-    return inner
+    return inner, missing
+
+
+def _refuse_other_kinds(path: str, config: Any, what: str) -> None:
+    """A classifier could pass for a language model where the output embedding is the input's, and so in no file."""
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        if what == LANGUAGE_MODEL:
+            raise UserError(f"model.path={path}: is a classifier (a reward model is one); a {what} is needed here")
+        if config.num_labels != 1:
+            raise UserError(f"model.path={path}: is a classifier with {config.num_labels} labels; a reward has one")
+
+
+def _opened(path: str, options: dict[str, Any], *, what: str) -> tuple[Any, list[str]]:
+    """`from_pretrained` of transformers, and the names of weights that the files lack.
+
+    Raises:
+        UserError: when there is no such model, or none of this kind.
+    """
+    options = {**options, "output_loading_info": True}
+    try:
+        try:
+            inner, report = _auto(what).from_pretrained(path, attn_implementation="sdpa", **options)
+        except ValueError as error:
+            if "attention" not in str(error):
+                raise
+            # Families without scaled-dot-product attention say so here; their own attention takes the same mask.
+            inner, report = _auto(what).from_pretrained(path, attn_implementation="eager", **options)
+    except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):  # and then a list of all others
+            raise UserError(
+                f"model.path={path}: transformers has no {what} of this family; use a model of another one"
+            ) from error
+        raise UserError(f"model.path={path}: cannot be opened as a {what}: {error}") from error
+    return inner, sorted(report["missing_keys"])
+
+
+def _some(missing: list[str]) -> str:
+    return f"{missing[0]} is missing" + (f" and {len(missing) - 1} more weights" if missing[1:] else "")
+
+
+def _auto(what: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if what == LANGUAGE_MODEL else AutoModelForSequenceClassification
 
 
 def _adapter_settings(model: ModelConfig) -> dict[str, Any] | None:
@@ -132,7 +274,9 @@ def _adapter_settings(model: ModelConfig) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else {}
 
 
-def _from_adapter(model: ModelConfig, lora: LoraConfig | None, device: torch.device, settings: dict[str, Any]) -> Any:
+def _from_adapter(
+    model: ModelConfig, lora: LoraConfig | None, device: torch.device, settings: dict[str, Any], what: str
+) -> tuple[Any, list[str]]:
     """The base model that an adapter names, with the adapter merged into it in fp32."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -141,6 +285,8 @@ def _from_adapter(model: ModelConfig, lora: LoraConfig | None, device: torch.dev
         raise UserError(
             f"model.path={model.path}: holds an adapter that does not say of which model; merge the two first"
         )
+    if settings.get("task_type") == "SEQ_CLS" and what == LANGUAGE_MODEL:
+        raise UserError(f"model.path={model.path}: holds an adapter of a classifier; a {what} is needed here")
     for problem, found in (
         ("engine.zero_stage=3", is_deepspeed_zero3_enabled()),
         ("lora.quantise", lora is not None and lora.quantise is not Quantise.none),
@@ -152,19 +298,21 @@ def _from_adapter(model: ModelConfig, lora: LoraConfig | None, device: torch.dev
             )
     wide = dataclasses.replace(model, path=str(base), revision=settings.get("revision"), dtype=Dtype.float32)
     try:
-        inner = _from_pretrained(wide, None, device)
+        inner, missing = _from_pretrained(wide, None, device, what)
     except UserError as error:
         raise UserError(f"model.path={model.path}: holds an adapter of {base}: {error}") from error
-    return adapters.with_adapter_merged(inner, str(model.path)).to(TORCH_DTYPES[model.dtype])
+    if adapters.HEAD in (settings.get("modules_to_save") or ()):  # a reward model's, which brings its head
+        missing = [name for name in missing if name != HEAD_WEIGHT]
+    return adapters.with_adapter_merged(inner, str(model.path)).to(TORCH_DTYPES[model.dtype]), missing
 
 
-def _from_shape(model: ModelConfig, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _from_shape(model: ModelConfig, seed: int, what: str) -> Any:
     assert model.shape is not None
     config = shape_config(model.shape)
     set_dropout(config, model.dropout)
-    inner = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[model.dtype])
+    if what == CLASSIFIER:
+        config.num_labels = 1
+    inner = _auto(what).from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[model.dtype])
     _initialise(inner, seed)
     return inner
 
@@ -233,12 +381,17 @@ def set_special_ids(inner: Any, tokenizer: Any) -> None:
     Raises:
         UserError: when the tokenizer has more tokens than the model has embeddings.
     """
+    _refuse_small(inner, tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(inner.config, name, getattr(tokenizer, name))
+        if inner.can_generate():
+            setattr(inner.generation_config, name, getattr(tokenizer, name))
+
+
+def _refuse_small(inner: Any, tokenizer: Any) -> None:
     vocabulary = inner.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"tokenizer: it has {len(tokenizer)} tokens and the model has embeddings for {vocabulary}; "
             "use the tokenizer the model was trained with"
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(inner.config, name, getattr(tokenizer, name))
-        setattr(inner.generation_config, name, getattr(tokenizer, name))

@@ -27,11 +27,14 @@ from rlhf_pipeline.errors import UserError
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # peft's name for the one adapter that there is
+HEAD = "score"  # of a reward model: drawn at random, so it is trained whole
 INSTALL = "pip install 'rlhf_pipeline[lora]'"
 
 
 def add_adapters(inner: Any, lora: LoraConfig, *, seed: int, dtype: torch.dtype) -> None:
     """Freeze `inner` and put trainable adapters onto its linear layers, in place; what it computes stays the same.
+
+    A reward model's head is not adapted but trained itself.
 
     The adapters are drawn from `seed` on the CPU, layer by layer, and so are the same on any number of processes and
     any ZeRO stage. `inner` may be in ZeRO-3 partitions.
@@ -64,6 +67,8 @@ def add_adapters(inner: Any, lora: LoraConfig, *, seed: int, dtype: torch.dtype)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # as peft and the paper's code have it
         down.data = drawn.to(down.device, dtype)
         up.data = torch.zeros(up.shape, device=up.device, dtype=dtype)
+    if hasattr(inner, HEAD):
+        inner.score.requires_grad_(True)
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(weights: dict[str, Tensor], inner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a state dict of an adapted model into that of the plain model with the adapters merged, and the adapters.
+    """Split a state dict of an adapted model into that of the plain model with the adapters merged, and what was trained.
 
     The sums are made in fp32, a layer at a time, and cast back to the dtype of the weights. Quantised weights become
     what the forward pass takes them for: the adapters were trained on top of those, and not of the original weights
@@ -109,7 +114,8 @@ def merge(weights: dict[str, Tensor], inner: Any) -> tuple[dict[str, Tensor], di
         update = (up @ down) * layer.scaling[ADAPTER]
         weight = merged[f"{name}.weight"]
         weight.copy_(weight.float() + (update.T if _is_conv1d(layer.get_base_layer()) else update))
-    return merged, adapters
+    head = f"{HEAD}.weight"
+    return merged, adapters | ({head: merged[head]} if head in merged else {})
 
 
 def save_adapters(folder: Path, inner: Any, adapters: dict[str, Tensor], *, base: str, revision: str | None) -> None:
@@ -120,6 +126,8 @@ def save_adapters(folder: Path, inner: Any, adapters: dict[str, Tensor], *, base
     folder.mkdir()
     settings = inner.peft_config[ADAPTER].to_dict()
     settings |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
+    if f"{HEAD}.weight" in adapters:
+        settings |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()}
@@ -134,7 +142,10 @@ def with_adapter_merged(inner: Any, folder: str) -> Any:
     """
     peft = _peft()
     try:
-        return peft.PeftModel.from_pretrained(inner, folder).merge_and_unload().requires_grad_(True)  # was frozen
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.task_type = None  # of a language model, it would ask a classifier for what that has not
+        adapted = peft.PeftModel.from_pretrained(inner, folder, config=config)
+        return adapted.merge_and_unload().requires_grad_(True)  # was frozen
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
         raise UserError(f"model.path={folder}: its adapter cannot be merged into its base model: {error}") from error
 
@@ -161,6 +172,7 @@ def quantisation(lora: LoraConfig | None, dtype: torch.dtype, device: torch.devi
         bnb_4bit_quant_type=lora.quantise.value,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", HEAD],
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
@@ -187,12 +199,13 @@ def settle_quantised(inner: Any) -> None:
 
 
 def linear_layers(inner: Any) -> dict[str, nn.Module]:
-    """Every linear layer by name, but the output embedding, which is read as a matrix and never called as a layer."""
+    """Every linear layer by name, but the head (the output embedding or a reward model's): that is read as a matrix and
+    never called as a layer."""
     output = inner.get_output_embeddings()
     return {
         name: module
         for name, module in inner.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and module is not output
+        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and module is not output and name != HEAD
     }
 
 
@@ -204,7 +217,7 @@ def _targets(layers: dict[str, nn.Module], asked: str | list[str]) -> list[str]:
     for one in names:
         if not any(_matches(name, one) for name in layers):
             raise UserError(
-                f"lora.targets: {one!r} is no linear layer of this model (the output embedding is never adapted); there "
+                f"lora.targets: {one!r} is no linear layer of this model (its head is never adapted); there "
                 f"are {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}, or {ALL_LINEAR} for all of them"
             )
     return [name for name in layers if any(_matches(name, one) for one in names)]

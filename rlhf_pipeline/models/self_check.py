@@ -1,5 +1,7 @@
 """Compares a small packed tree with plain forwards at load, and refuses a model that computes something else.
 
+Of a language model the log-probabilities are compared, of a reward model the hidden states that its head could read.
+
 Some models run state or position biases along the row and would silently mix examples. The error is divided by that of
 a deliberately wrong mask, so that the threshold does not depend on the scale of the weights. Seen over sixteen seeds and
 three scales: right models up to 2e-5 in fp32 and 0.06 in bf16, wrong ones from 0.05 in fp32 and near 1 where state runs
@@ -22,14 +24,14 @@ from rlhf_pipeline.data.packing import pack
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.functional.logprobs import token_logprobs
-from rlhf_pipeline.models.tree_model import BLOCK_MULTIPLE, TreeBatch, TreeModel
+from rlhf_pipeline.models.tree_model import BLOCK_MULTIPLE, TreeBatch, TreeModel, TreeModule
 
 THRESHOLDS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1}
 SHORT_WINDOW = 4  # makes a window of thousands bite on a row of 46 tokens
 
 
 @torch.no_grad()
-def self_check(model: TreeModel, device: torch.device) -> float:
+def self_check(model: TreeModule, device: torch.device) -> float:
     """Check `model`, and switch off what it turns out not to support: path attention, the fast head.
 
     Returns the error ratio. Under ZeRO-3 every rank must call it at the same time.
@@ -46,7 +48,8 @@ def self_check(model: TreeModel, device: torch.device) -> float:
         if not ratio < threshold and model.attention is Attention.paths:
             model.use_attention(Attention.dense)  # its layers do not hand the paths on
             ratio = _error_ratio(model, device)
-        model.fast_head = model.fast_head and _head_is_plain(model.inner, device)
+        if isinstance(model, TreeModel):
+            model.fast_head = model.fast_head and _head_is_plain(model.inner, device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -63,19 +66,26 @@ def self_check(model: TreeModel, device: torch.device) -> float:
     return ratio
 
 
-def _error_ratio(model: TreeModel, device: torch.device) -> float:
+def _error_ratio(model: TreeModule, device: torch.device) -> float:
     trees = _trees(model.inner.config.get_text_config().vocab_size)
     packed = pack([trees], width_multiple=BLOCK_MULTIPLE if model.attention is Attention.block else 1)
     batch = TreeBatch.of(packed, device)
+    with _short_window(model.inner.config):
+        right = _plain(model, trees, device)
+        wrong = _values(model, {"input_ids": batch.tokens, "position_ids": batch.positions}, batch.source, batch.target)
+        error = (_packed(model, batch) - right).abs().mean()
+    return float(error / (wrong - right).abs().mean())
+
+
+def _packed(model: TreeModule, batch: TreeBatch) -> Tensor:
+    """What is to be checked: the log-probabilities by the model's own head, or the hidden states."""
+    if not isinstance(model, TreeModel):
+        return model.hidden(batch)[batch.source]
     fast, model.fast_head = model.fast_head, False
     try:
-        with _short_window(model.inner.config):
-            right = _plain(model.inner, trees, device)
-            wrong = _flat(model.inner, batch)
-            error = (model(batch) - right).abs().mean()
+        return model(batch)
     finally:
         model.fast_head = fast
-    return float(error / (wrong - right).abs().mean())
 
 
 def _head_is_plain(inner: Any, device: torch.device) -> bool:
@@ -113,22 +123,22 @@ def _trees(vocabulary: int) -> list[Tree]:
     ]
 
 
-def _plain(inner: Any, trees: list[Tree], device: torch.device) -> Tensor:
-    """Log-probabilities of all responses by one unpacked forward each."""
+def _plain(model: TreeModule, trees: list[Tree], device: torch.device) -> Tensor:
+    """The same by one unpacked forward for each response."""
     parts = []
     for tree in trees:
-        for response in tree.responses:
-            path = torch.from_numpy(np.concatenate([tree.prompt, response]).astype(np.int64)).to(device)
-            logits = inner(input_ids=path[None], use_cache=False).logits[0]
-            start = len(tree.prompt)
-            parts.append(token_logprobs(logits[start - 1 : -1], path[start:]))
+        for k in range(len(tree.responses)):
+            path = torch.from_numpy(tree.path(k).astype(np.int64)).to(device)
+            source = torch.arange(len(tree.prompt) - 1, len(path) - 1, device=device)
+            parts.append(_values(model, {"input_ids": path[None]}, source, path[source + 1]))
     return torch.cat(parts)
 
 
-def _flat(inner: Any, batch: TreeBatch) -> Tensor:
-    """The deliberately wrong way: one causal row, as if nothing had been packed."""
-    logits = inner(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[0]
-    return token_logprobs(logits[batch.source], batch.target)
+def _values(model: TreeModule, inputs: dict[str, Any], source: Tensor, target: Tensor) -> Tensor:
+    """By transformers alone. With a whole row for inputs this is the deliberately wrong way: as if nothing were packed."""
+    if isinstance(model, TreeModel):
+        return token_logprobs(model.inner(**inputs, use_cache=False).logits.flatten(0, 1)[source], target)
+    return model.inner.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[source]
 
 
 @contextmanager

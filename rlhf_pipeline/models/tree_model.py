@@ -1,8 +1,8 @@
-"""Runs any causal language model of transformers over packed token trees.
+"""Runs any causal model of transformers over packed token trees.
 
-The engine wraps this one module, whose forward returns log-probabilities: only integers go in, the attention mask is
-built inside, the vocabulary is touched only where a token is scored. Masks are additive and in the model's dtype,
-because a bool mask is silently wrong under eager attention.
+The engine wraps one module: only integers go in, the attention mask is built inside. `TreeModel` returns
+log-probabilities, and touches the vocabulary only where a token is scored; `scalar_head` has the one that returns
+rewards. Masks are additive and in the model's dtype, because a bool mask is silently wrong under eager attention.
 
 Shapes: B rows, T tokens a row, N scored tokens, R responses, H hidden size.
 """
@@ -40,6 +40,9 @@ class TreeBatch:
     sequence: Tensor
     last: Tensor
     group: Tensor
+    prompt: Tensor
+    rank: Tensor
+    score: Tensor
     segments: tuple[Segment, ...]
 
     @classmethod
@@ -50,8 +53,8 @@ class TreeBatch:
         return cls(**{name: moved(getattr(packed, name)) for name in cls.__dataclass_fields__})
 
 
-class TreeModel(nn.Module):
-    """`forward(batch)` gives the log-probability of every scored token, fp32 [N]."""
+class TreeModule(nn.Module):
+    """What all wrappers share: the transformers model `inner` and the form of attention it is run in."""
 
     def __init__(self, inner: Any) -> None:
         """Starts with a dense mask, which needs nothing of the model; `use_attention` takes a faster form."""
@@ -59,26 +62,19 @@ class TreeModel(nn.Module):
         self.inner = inner
         self.attention = Attention.dense
         self.kinds = attention_kinds(inner.config)
-        output = inner.get_output_embeddings()
-        plain = isinstance(output, nn.Linear) and output.bias is None and inner.base_model is not inner
-        self.head = LogProbHead(output) if plain else None
-        self.fast_head = plain  # the self-check switches it off where the model's own head does more
 
-    def forward(self, batch: TreeBatch) -> Tensor:
-        inputs: dict[str, Any] = {
+    def hidden(self, batch: TreeBatch) -> Tensor:
+        """Last hidden states [B * T, H]."""
+        return self.inner.base_model(**self.inputs(batch))[0].flatten(0, 1)
+
+    def inputs(self, batch: TreeBatch) -> dict[str, Any]:
+        """What the transformers model is called with."""
+        return {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
             "use_cache": False,
             **self.attention_inputs(batch),
         }
-        if self.fast_head and self.head is not None:
-            hidden = self.inner.base_model(**inputs)[0]  # [B, T, H]
-            return self.head(hidden.flatten(0, 1)[batch.source], batch.target)
-        # Logits of the union of all rows' scored columns: the model's own head takes one index for all rows.
-        width = batch.tokens.shape[1]
-        columns, place = torch.unique(batch.source % width, return_inverse=True)
-        logits = self.inner(**inputs, logits_to_keep=columns).logits  # [B, columns, V]
-        return token_logprobs(logits[batch.source // width, place], batch.target)
 
     @property
     def num_parameters(self) -> int:
@@ -126,6 +122,26 @@ class TreeModel(nn.Module):
             CHUNKED: getattr(config, "attention_chunk_size", None),
         }
         return {kind: size.get(kind) for kind in self.kinds}
+
+
+class TreeModel(TreeModule):
+    """`forward(batch)` gives the log-probability of every scored token, fp32 [N]."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        output = inner.get_output_embeddings()
+        plain = isinstance(output, nn.Linear) and output.bias is None and inner.base_model is not inner
+        self.head = LogProbHead(output) if plain else None
+        self.fast_head = plain  # the self-check switches it off where the model's own head does more
+
+    def forward(self, batch: TreeBatch) -> Tensor:
+        if self.fast_head and self.head is not None:
+            return self.head(self.hidden(batch)[batch.source], batch.target)
+        # Logits of the union of all rows' scored columns: the model's own head takes one index for all rows.
+        width = batch.tokens.shape[1]
+        columns, place = torch.unique(batch.source % width, return_inverse=True)
+        logits = self.inner(**self.inputs(batch), logits_to_keep=columns).logits  # [B, columns, V]
+        return token_logprobs(logits[batch.source // width, place], batch.target)
 
 
 class LogProbHead(nn.Module):

@@ -19,9 +19,12 @@ ENGINES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["rlhf", ""], ["pretrain", "sft", "prep", "generate", "chat", "evaluate", "launch", "version"]),
+        (
+            ["rlhf", ""],
+            ["pretrain", "sft", "rm", "prep", "generate", "chat", "score", "evaluate", "launch", "version"],
+        ),
         (["rlhf", "prep", "sft", "eng"], ["engine.", "engine="]),
-        (["rlhf", "s"], ["sft"]),
+        (["rlhf", "sf"], ["sft"]),
         (["rlhf", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sft", "engine=zero2"], ["engine=zero2", "engine=zero2_offload"]),
         (["rlhf", "sft", "engine", "=", ""], ENGINES),  # bash itself breaks words at "="

@@ -25,8 +25,9 @@ def users_part(stage: str, overrides: list[str]) -> list[str]:
     node, refused = compose_node(stage, overrides)
     assert not refused
     part = []
-    if "data" in node and node.data.train is None:
-        part.append("data.train=some.jsonl")
+    for key in ("train", "path"):
+        if "data" in node and key in node.data and node.data[key] is None:
+            part.append(f"data.{key}=some.jsonl")
     if "model" in node and node.model.path is None and node.model.get("shape") is None:
         part.append("model.path=some_model")
     if "prompts" in node and node.prompts.path is None:
