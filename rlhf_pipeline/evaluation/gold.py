@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pipeline.data.lab.judge import Verdict, judge
-from rlhf_pipeline.data.lab.summary import Mean, Summary, difference, summary
+from rlhf_pipeline.data.lab.summary import Summary, difference, summary
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.tables import cell, clear, signed, table
 
 Answer = Mapping[str, Any]  # a line of `rlhf generate`
 FIELDS = ("prompt", "response", "finish_reason")  # what is read of it; the prompt as messages
@@ -82,8 +83,7 @@ def show(
     console.print(_criteria(found))
     for a, b in combinations(verdicts, 2):
         gap = difference(verdicts[b], verdicts[a])
-        clear = "clear of chance" if gap.low > 0 or gap.high < 0 else "not clear of chance"
-        console.print(f"{b} - {a}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] on the same prompts, {clear}")
+        console.print(f"{b} - {a}: {signed(gap)} on the same prompts, {clear(gap)}")
     for name, one in found.items():
         console.print(f"headroom above {name}: {1 - one.score.mean:.3f} of 1")
     for i in _spread([verdict.category for verdict in next(iter(verdicts.values()))], samples):
@@ -92,31 +92,19 @@ def show(
 
 def _scores(found: Mapping[str, Summary]) -> Table:
     sizes = next(iter(found.values()))
-    table = _table("gold score: mean and 95 % interval over prompts", "category", found)
-    table.add_row(f"all ({sizes.score.count})", *(_cell(one.score) for one in found.values()), style="bold")
+    made = table("gold score: mean and 95 % interval over prompts", "category", found)
+    made.add_row(f"all ({sizes.score.count})", *(cell(one.score) for one in found.values()), style="bold")
     for category in sorted(sizes.by_category):
         count = sizes.by_category[category].count
-        table.add_row(f"{category} ({count})", *(_cell(one.by_category[category]) for one in found.values()))
-    return table
+        made.add_row(f"{category} ({count})", *(cell(one.by_category[category]) for one in found.values()))
+    return made
 
 
 def _criteria(found: Mapping[str, Summary]) -> Table:
-    table = _table("by criterion: share of its points", "criterion", found)
+    made = table("by criterion: share of its points", "criterion", found)
     for name in next(iter(found.values())).by_criterion:
-        table.add_row(name, *(_cell(one.by_criterion[name]) for one in found.values()))
-    return table
-
-
-def _table(title: str, first: str, found: Mapping[str, Summary]) -> Table:
-    table = Table(title=title)
-    table.add_column(first)
-    for name in found:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _cell(mean: Mean) -> str:
-    return f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+        made.add_row(name, *(cell(one.by_criterion[name]) for one in found.values()))
+    return made
 
 
 def _spread(categories: Sequence[str], count: int) -> list[int]:

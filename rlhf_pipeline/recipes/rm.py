@@ -19,9 +19,9 @@ from rlhf_pipeline.config.schema import RankingConfig, RankingLoss, Ties
 from rlhf_pipeline.config.stages import RmConfig
 from rlhf_pipeline.data import stage
 from rlhf_pipeline.data.contents import read_contents
-from rlhf_pipeline.data.report import tied_share
 from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.data.progress import terminal_progress
+from rlhf_pipeline.data.report import tied_share
 from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.data.tokenizer import with_own_pad
 from rlhf_pipeline.engine import LR_SCALE, Engine, deepspeed_json
