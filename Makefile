@@ -7,7 +7,7 @@ RLHF := $(BIN)/rlhf
 DEMO := runs/demo
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help setup demo test test-full lint types bench bench-data bench-generation golden clean
+.PHONY: help setup demo test test-full lint types bench bench-rm bench-data bench-generation golden clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,6 +47,9 @@ types: setup ## mypy
 
 bench: setup ## SFT speed side by side with TRL, which is installed into an environment of its own
 	$(BIN)/python scripts/bench/run.py
+
+bench-rm: setup ## reward model speed side by side with TRL; reads the folder RLHF_TEST_DATA
+	$(BIN)/python scripts/bench/rm.py
 
 bench-data: setup ## how fast files become tokens, and in how much memory; reads the folder RLHF_TEST_DATA
 	$(BIN)/python scripts/bench/data.py

@@ -48,6 +48,8 @@ def _import_everything() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import filelock  # noqa: F401
     import hydra  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import pyarrow  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -57,6 +59,7 @@ def _import_everything() -> None:
     import rlhf_pipeline.recipes.evaluate
     import rlhf_pipeline.recipes.prep
     import rlhf_pipeline.recipes.pretrain
+    import rlhf_pipeline.recipes.rm
     import rlhf_pipeline.recipes.sft  # noqa: F401
     from rlhf_pipeline.engine import quiet_deepspeed
 

@@ -62,6 +62,7 @@ SFT_ON_FILES = [
     "data.max_length=160",
     "data.max_prompt_length=100",
 ]
+RM_ON_FILES = ["rm", *SFT_ON_FILES[1:], *TINY_RUN, "evaluation.samples=0"]
 WORDS = [
     *("the", "a", "red", "blue", "old", "cat", "dog", "man", "sits", "runs", "reads", "on", "under", "by", "mat"),
     *("tree", "house", "book", "and", "then", "today", "slowly"),
@@ -291,6 +292,17 @@ def dialogues(count: int, seed: int = 0, *, turns: int = 2) -> list[dict[str, An
     return rows
 
 
+def rankings(count: int, seed: int = 0, *, most: int = 9) -> list[dict[str, Any]]:
+    """Rows of 2 to `most` answers of 3 to 12 words, liked for each word on colours and animals; so there are ties."""
+    rng = random.Random(seed)
+    liked = {"red", "blue", "cat", "dog"}
+    answers = [[sentence(rng, 3, 12) for _ in range(rng.randint(2, most))] for _ in range(count)]
+    scores = [[float(sum(word in liked for word in text.split())) for text in texts] for texts in answers]
+    prompts = [f"{i} {sentence(rng, 1, 8)}?" for i in range(count)]
+    columns = zip(prompts, answers, scores, strict=True)
+    return [{"prompt": prompt, "responses": texts, "scores": values} for prompt, texts, values in columns]
+
+
 def make_base(folder: Path, *, seed: int = 0, architecture: str = "llama", context: int = 256) -> Path:
     """A Hugging Face folder (no artifact): a tiny model with weights large enough to matter, and a tokenizer."""
     import torch
@@ -349,11 +361,11 @@ def series(run: Path, name: str) -> list[float]:
 
 
 def assert_same_end(run: Path, undisturbed: Path) -> None:
-    """Bit-identical final weights, the same metrics and the same samples."""
-    ours, theirs = (path / "artifact/model.safetensors" for path in (run, undisturbed))
-    assert ours.read_bytes() == theirs.read_bytes()
+    """Bit-identical final weights, the same metrics and the same samples or rewards."""
     assert metrics(run) == metrics(undisturbed)
-    assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
+    last = "evaluation.json" if undisturbed.name == "rm" else "samples.jsonl"
+    for name in ("artifact/model.safetensors", last):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert files_below(run / "artifacts") == files_below(undisturbed / "artifacts")
 
 

@@ -12,24 +12,14 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-TRL_PYTHON = ROOT / ".bench-venv" / "bin" / "python"
-SKIP = 3  # steps before the timing starts, on both sides
+from common import ROOT, SHAPES, SKIP, install_trl, llama, machine, own_tokenizer, run_ours, run_trl
 
-SHAPES = {
-    "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 688},
-    "medium": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376},
-}
 STEPS = {"small": 25, "medium": 9}  # timed and not, at 24 examples a step; twice as many at 8
 
 
@@ -63,23 +53,9 @@ def main() -> None:
     report(results)
 
 
-def install_trl() -> None:
-    """The benchmark's own environment, once."""
-    if TRL_PYTHON.exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", TRL_PYTHON.parents[1]], check=True)
-    pip = [TRL_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pins = (HERE / "requirements.txt").read_text().split()
-    subprocess.run([*pip, next(pin for pin in pins if pin.startswith("torch=="))], check=True)
-    subprocess.run([*pip, "-r", HERE / "requirements.txt"], check=True)
-
-
 def prepare(source: Path, work: Path, sizes: list[str]) -> None:
     """Write prompt/completion rows, train a tokenizer on them, and build the models."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from rlhf_pipeline.config.schema import TokenizerConfig
-    from rlhf_pipeline.data.tokenizer import train_tokenizer, with_template
+    from transformers import AutoModelForCausalLM
 
     opener = gzip.open if source.suffix == ".gz" else open
     with opener(source, "rt", encoding="utf-8") as file:
@@ -87,20 +63,9 @@ def prepare(source: Path, work: Path, sizes: list[str]) -> None:
     cut = [dialogue.rindex("\n\nAssistant:") + len("\n\nAssistant:") for dialogue in dialogues]
     rows = [{"prompt": d[:at], "completion": d[at:]} for d, at in zip(dialogues, cut, strict=True) if d[at:].strip()]
     (work / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = with_template(
-        train_tokenizer(dialogues, vocab_size=8192, context=1024), TokenizerConfig(template="dialogue")
-    )
+    tokenizer = own_tokenizer(dialogues)
     for size in sizes:
-        config = LlamaConfig(
-            **SHAPES[size],
-            vocab_size=8192,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(work / size)
+        AutoModelForCausalLM.from_config(llama(size, tokenizer)).save_pretrained(work / size)
         tokenizer.save_pretrained(work / size)
 
 
@@ -111,49 +76,35 @@ def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[st
         for loss in arguments.losses if size == "small" else arguments.losses[:1]:
             common = ["--loss", loss]
             kept = [*common, "--mode", "packed-memkept"]
-            trl = {
+            trl_options = {
                 "TRL default, 8 examples a step": common,
                 "TRL packed (bfd), 8 rows a step": [*common, "--mode", "packed", "--packing", "bfd", "--rows", "1"],
                 "TRL packed, memory kept": kept,
                 "TRL packed, memory kept, no checkpointing": [*kept, "--gradient-checkpointing", "off"],
             }
             for examples in (8, 24):
-                found[f"{size} | {loss} | rlhf sft, {examples} examples a step"] = _bind(
-                    run_ours, arguments, size, loss, examples
-                )
-            for name, options in trl.items():
-                found[f"{size} | {loss} | {name}"] = _bind(run_trl, arguments, size, options)
-    found["start | | rlhf sft"] = _bind(run_ours, arguments, arguments.sizes[0], "completion", 8, 1)
-    found["start | | trl sft"] = _bind(run_trl, arguments, arguments.sizes[0], ["--mode", "cli"])
+                name = f"{size} | {loss} | rlhf sft, {examples} examples a step"
+                found[name] = partial(ours, arguments, size, loss, examples)
+            for name, options in trl_options.items():
+                found[f"{size} | {loss} | {name}"] = partial(trl, arguments, size, options)
+    found["start | | rlhf sft"] = partial(ours, arguments, arguments.sizes[0], "completion", 8, 1)
+    found["start | | trl sft"] = partial(trl, arguments, arguments.sizes[0], ["--mode", "cli"])
     return found
 
 
-def _bind(function: Callable[..., dict[str, float]], *values: Any) -> Callable[[], dict[str, float]]:
-    return lambda: function(*values)
-
-
-def run_trl(arguments: argparse.Namespace, size: str, options: list[str]) -> dict[str, float]:
+def trl(arguments: argparse.Namespace, size: str, options: list[str]) -> dict[str, float]:
     work = arguments.work
-    line = [TRL_PYTHON, HERE / "trl_sft.py", "--model-dir", work / size, "--data", work / "hh.jsonl"]
-    done = subprocess.run(
-        [*line, "--skip", str(SKIP), "--max-seconds", str(arguments.seconds), *options],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    files = ["--model-dir", work / size, "--data", work / "hh.jsonl"]
+    result = run_trl("trl_sft.py", [*files, "--skip", SKIP, "--max-seconds", arguments.seconds, *options])
     names = ("tokens_per_second", "peak_memory_gb", "first_step_seconds")
     return {name: float(result[name]) for name in names if name in result}
 
 
-def run_ours(
+def ours(
     arguments: argparse.Namespace, size: str, loss: str, examples: int, steps: int | None = None
 ) -> dict[str, float]:
-    runs = arguments.work / "ours"
-    subprocess.run(["rm", "-rf", runs], check=True)
     num_steps = steps or STEPS[size] * (2 if examples == 8 else 1)
     overrides = [
-        f"runs={runs}",
         f"model.path={arguments.work / size}",
         "model.dtype=bfloat16",
         f"data.train={arguments.data}",
@@ -172,34 +123,16 @@ def run_ours(
         "runtime.threads=2",
         "tracking.progress=false",
     ]
-    metrics = runs / "default" / "sft" / "metrics.jsonl"
-    started = time.perf_counter()
-    log = arguments.work / "ours.log"
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-m", "rlhf_pipeline", "sft", *overrides], stderr=output)
-    first_step = None
-    while process.poll() is None:
-        if first_step is None and metrics.exists() and '"step": 1' in metrics.read_text():
-            first_step = time.perf_counter() - started
-        time.sleep(0.01)
-    if process.returncode:
-        sys.exit(log.read_text())
-    from rlhf_pipeline.tracking import read_metrics
-
-    lines = [line for line in read_metrics(metrics) if "time/step_seconds" in line]
-    steady = lines[SKIP:] or lines
-    seconds = sum(line["time/step_seconds"] for line in steady)
-    tokens = sum(line["time/tokens_per_second"] * line["time/step_seconds"] for line in steady)
-    figures = {"first_step_seconds": first_step or float("nan")}
+    run = run_ours("sft", overrides, arguments.work)
+    figures = {"first_step_seconds": run.first_step_seconds}
     if steps is None:
-        figures |= {"tokens_per_second": tokens / seconds, "peak_memory_gb": lines[-1]["time/peak_memory_gb"]}
+        figures |= {"tokens_per_second": run.tokens / run.seconds}
+        figures |= {"peak_memory_gb": run.lines[-1]["time/peak_memory_gb"]}
     return figures
 
 
 def report(results: dict[str, list[dict[str, Any]]]) -> None:
-    print(
-        f"\n{processor()}, {os.cpu_count()} cores, {platform.platform()}; medians of {len(next(iter(results.values())))}\n"
-    )
+    print(f"\n{machine()}; medians of {len(next(iter(results.values())))}\n")
     print("| size | scored | run | tokens/s | min-max | peak GB | to first step, s |")
     print("|---|---|---|---|---|---|---|")
     for name, rounds in results.items():
@@ -210,13 +143,6 @@ def report(results: dict[str, list[dict[str, Any]]]) -> None:
         speed = f"{statistics.median(speeds):,.0f} | {min(speeds):,.0f}-{max(speeds):,.0f}" if speeds else " | "
         peak = f"{statistics.median(memory):.2f}" if memory else ""
         print(f"| {size} | {loss} | {run} | {speed} | {peak} | {statistics.median(first):.1f} |")
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

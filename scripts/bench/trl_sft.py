@@ -17,25 +17,18 @@ Linux only. Left out: evaluation, checkpoints, reporting, several processes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common import measured, print_result, restart_keeping_memory, train_timed
+
 ROWS_PER_STEP = 8
 """Rows in an optimiser step: TRL's own default batch."""
-
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""Makes glibc keep freed memory instead of handing it back to the kernel at every step."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,56 +77,20 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def seconds_since_process_start() -> float:
-    """Seconds since the kernel started this process, to 10 ms; an `exec` does not set it back."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def peak_memory_gb() -> float:
-    """Peak resident memory, 1e9 bytes. Not `ru_maxrss`: the process that started this one can leave its own there."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e9 for line in status if line.startswith("VmHWM:"))
-
-
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds used so far by this process (`user`, `system`) and by the whole machine (`machine`)."""
-    own = os.times()
-    user, nice, system, _, _, irq, softirq, steal = (
-        int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-    )
-    machine = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return {"user": own.user, "system": own.system, "machine": machine}
-
-
-def train(arguments: argparse.Namespace, output_dir: str) -> list[dict[str, float]]:
-    """Train until enough is timed; return running totals at the end of each optimiser step."""
+def train(arguments: argparse.Namespace, output_dir: str) -> dict[str, float]:
     import torch
     from datasets import load_dataset
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(arguments.threads)
-    totals = {"positions": 0, "tokens": 0, "scored": 0}
-    records: list[dict[str, float]] = []
 
-    class CountingTrainer(SFTTrainer):
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            # Counted where a batch is trained on, not in the collator: the loader is one batch ahead.
-            positions, mask = inputs["input_ids"].numel(), inputs.get("attention_mask")
-            totals["positions"] += positions
-            totals["tokens"] += positions if mask is None else int(mask.sum())
-            totals["scored"] += int((inputs["labels"][:, 1:] != -100).sum())
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            records.append(
-                {"time": time.perf_counter(), "start": seconds_since_process_start(), **totals, **cpu_seconds()}
-            )
-            timed = records[arguments.skip - 1 :]
-            if len(timed) > 1 and timed[-1]["time"] - timed[0]["time"] >= arguments.max_seconds:
-                control.should_training_stop = True
+    def count(inputs: dict[str, Any]) -> dict[str, int]:
+        positions, mask = inputs["input_ids"].numel(), inputs.get("attention_mask")
+        return {
+            "positions": positions,
+            "tokens": positions if mask is None else int(mask.sum()),
+            "scored": int((inputs["labels"][:, 1:] != -100).sum()),
+        }
 
     config = SFTConfig(
         output_dir=output_dir,
@@ -141,27 +98,17 @@ def train(arguments: argparse.Namespace, output_dir: str) -> list[dict[str, floa
         model_init_kwargs={"dtype": arguments.model_dtype},
         **settings(arguments),
     )
-    dataset = load_dataset("json", data_files=str(arguments.data), split="train")
-    CountingTrainer(model=str(arguments.model_dir), args=config, train_dataset=dataset, callbacks=[Clock()]).train()
-    return records
-
-
-def measured(records: list[dict[str, float]], *, skip: int) -> dict[str, float]:
-    """The figures of the steps after the first `skip`."""
-    used = {name: records[-1][name] - records[skip - 1][name] for name in records[0]}
-    seconds, steps = used["time"], len(records) - skip
-    return {
-        "tokens_per_second": used["tokens"] / seconds,
-        "steps_timed": steps,
-        "seconds_timed": seconds,
-        "tokens_per_step": used["tokens"] / steps,
-        "padding_fraction": 1 - used["tokens"] / used["positions"],
-        "scored_fraction": used["scored"] / used["tokens"],
-        "system_cpu_fraction": used["system"] / (used["user"] + used["system"]),
-        "other_cpus_busy": max(0.0, used["machine"] - used["user"] - used["system"]) / seconds,
-        "peak_memory_gb": peak_memory_gb(),
-        "first_step_seconds": records[0]["start"],
-    }
+    records = train_timed(
+        SFTTrainer,
+        count,
+        skip=arguments.skip,
+        max_seconds=arguments.max_seconds,
+        model=str(arguments.model_dir),
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(arguments.data), split="train"),
+    )
+    figures = measured(records, skip=arguments.skip)
+    return figures | {"scored_fraction": figures["used_scored"] / figures["used_tokens"]}
 
 
 def command_line(arguments: argparse.Namespace, folder: str) -> list[str]:
@@ -205,9 +152,8 @@ def time_command_line(arguments: argparse.Namespace, folder: str) -> dict[str, A
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.mode == "packed-memkept" and any(os.environ.get(name) != KEEP_MEMORY[name] for name in KEEP_MEMORY):
-        # glibc reads these when a process starts, so start again.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    if arguments.mode == "packed-memkept":
+        restart_keeping_memory()
     # Before torch is imported; `trl sft` would otherwise be launched with a single thread.
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +162,7 @@ def main() -> None:
         if arguments.mode == "cli":
             figures = time_command_line(arguments, folder)
         else:
-            figures = measured(train(arguments, folder), skip=arguments.skip)
+            figures = train(arguments, folder)
     report = {
         "mode": arguments.mode,
         "loss": arguments.loss,
@@ -224,12 +170,8 @@ def main() -> None:
         "threads": arguments.threads,
         **figures,
         "sft_config": settings(arguments),
-        "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "datasets", "torch")},
     }
-    line = json.dumps(report)
-    if arguments.output is not None:
-        arguments.output.write_text(line + "\n")
-    sys.stdout.write(line + "\n")
+    print_result(report, arguments.output)
 
 
 if __name__ == "__main__":
