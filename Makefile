@@ -22,8 +22,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup $(DEMO)/sft/artifact/artifact.json ## make a small language model, fine-tune it and judge both: minutes, no download
+demo: setup $(DEMO)/rm/artifact/artifact.json ## make a small language model, fine-tune it, train a reward model, judge all: minutes, no download
 	@$(RLHF) evaluate experiment=demo_evaluate
+	@$(RLHF) evaluate experiment=demo_rm_evaluate
 
 # A stage is made when its artifact is missing or older than its parent's; a run that was interrupted goes on.
 $(DEMO)/pretrain/artifact/artifact.json:
@@ -31,6 +32,9 @@ $(DEMO)/pretrain/artifact/artifact.json:
 
 $(DEMO)/sft/artifact/artifact.json: $(DEMO)/pretrain/artifact/artifact.json
 	$(RLHF) sft experiment=demo_sft
+
+$(DEMO)/rm/artifact/artifact.json: $(DEMO)/sft/artifact/artifact.json
+	$(RLHF) rm experiment=demo_rm
 
 test: setup ## all tests but the long matrices, under ten minutes on two cores
 	$(PYTEST) -m "not slow" -n 2 --dist worksteal

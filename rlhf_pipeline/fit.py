@@ -184,7 +184,9 @@ def _update(
     leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
     total = runtime.sum_over_ranks(local)
     tokens = total.pop("tokens")
-    means = {name: value / (global_counts[name] or 1.0) for name, value in total.items()}
+    # What nothing in this batch is counted for has no mean; but a step always has a loss.
+    counted = {name: count or 1.0 for name, count in global_counts.items() if count or name == "loss"}
+    means = {name: value / counted[name] for name, value in total.items() if name in counted}
     _require_finite("loss", list(means.values()), step, done)
     norm = engine.step(rate)
     _require_finite("gradient norm", [norm], step, done)

@@ -1,6 +1,6 @@
 """The same rankings as whole prompts and as comparisons shuffled apart: which overfits? Prints a table in Markdown.
 
-    python scripts/kwise.py [--seeds 3] [--epochs 1] [--runs runs/kwise] [override ...]
+    python scripts/kwise.py [--seeds 3] [--epochs 1] [--runs runs/lab_kwise] [override ...]
 
 Trains conf/experiment/lab_kwise_rm.yaml both ways with several seeds, from runs/demo/sft/artifact (make demo). Figures are
 means over seeds, with the lowest and highest. Runs that are there already are not made again.
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--runs", type=Path, default=Path("runs/kwise"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/lab_kwise"))
     given, overrides = parser.parse_known_args()
 
     rows = {}

@@ -19,10 +19,11 @@ from rich.markup import escape
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.intervals import ClusterMean, cluster_means
 from rlhf_pipeline.evaluation.ranking_metrics import Judged, correct, pairs
-from rlhf_pipeline.evaluation.tables import cell, clear, signed, table
+from rlhf_pipeline.evaluation.tables import Interval, cell, clear, signed, table
 from rlhf_pipeline.scoring.answers import Answered
 
 SUBSET = ("subset", "category")  # columns that say which part of the benchmark a row is of; the first that is there
+WITH_INTERVALS = 3  # systems whose intervals have room in one table
 UNNAMED = "(none)"  # rows without one, where others have one
 
 Rewards = Sequence[np.ndarray]  # float64 [K] of every row
@@ -109,19 +110,28 @@ def lines(rows: Sequence[Answered], rewards: Mapping[str, Rewards]) -> list[dict
 
 
 def show(console: Console, found: Results) -> None:
-    """Print accuracies by subset, and the differences between systems."""
-    first = next(iter(found.systems.values()))
-    made = table("accuracy and its 95 % interval over prompts", "comparisons", found.systems)
-    made.add_row(f"all ({first.overall.count})", *(cell(one.overall) for one in found.systems.values()), style="bold")
-    if first.subsets_mean is not None:
-        made.add_row("mean over subsets", *(f"{one.subsets_mean:.3f}" for one in found.systems.values()), style="bold")
-    for name, size in first.by_subset.items():
-        made.add_row(escape(f"{name} ({size.count})"), *(cell(one.by_subset[name]) for one in found.systems.values()))
+    """Print a line a system, and accuracies by subset. Differences are to the first system; results.json has all."""
+    first, one = next(iter(found.systems.items()))
+    columns = ["accuracy, 95 % interval", "mean over subsets", f"to {first} on the same comparisons"]
+    made = table(f"{one.overall.count:,} comparisons", "system", columns)
+    for name, mine in found.systems.items():
+        gap = found.differences.get(f"{name} - {first}")
+        subsets = "" if mine.subsets_mean is None else f"{mine.subsets_mean:.3f}"
+        made.add_row(escape(name), cell(mine.overall), subsets, "" if gap is None else f"{signed(gap)}, {clear(gap)}")
     console.print(made)
+    if one.by_subset:
+        shown = cell if len(found.systems) <= WITH_INTERVALS else _mean
+        made = table("accuracy by subset", "subset (comparisons)", map(escape, found.systems))
+        for name, size in one.by_subset.items():
+            row = (shown(mine.by_subset[name]) for mine in found.systems.values())
+            made.add_row(escape(f"{name} ({size.count})"), *row)
+        console.print(made)
     if found.ties:
         console.print(f"{found.ties} comparisons are ties in the labels and are left out")
-    for name, gap in found.differences.items():
-        console.print(f"{name}: {signed(gap)} on the same comparisons, {clear(gap)}", highlight=False, soft_wrap=True)
+
+
+def _mean(one: Interval) -> str:
+    return f"{one.mean:.3f}"
 
 
 def _judged(rows: Sequence[Answered], rewards: Rewards) -> Judged:

@@ -139,6 +139,12 @@ WITHOUT_TRAINING = [
     ("chat", ["name=.x"], "name='.x': a run's name is a folder name"),
     ("evaluate", ["systems=null"], "systems=None: name what to compare, as in 'systems={base:<model>,sft:<model>}'"),
     ("evaluate", ["systems={a:1}"], "systems={'a': 1}: name what to compare"),
+    ("evaluate", ["kind=rm"], "data.path: has no value; add data.path=..."),
+    ("evaluate", ["kind=select"], "reward.path: has no value; add reward.path=<a reward model>"),
+    ("evaluate", ["batch_tokens=0"], "batch_tokens=0: must be more than 0"),
+    ("score", ["data.path=null"], "data.path: has no value; add data.path=..."),
+    ("score", ["data.max_length=1"], "data.max_length=1: a prompt token and an answer's token need 2"),
+    ("score", ["model.path=null"], "model.path: has no value; add model.path=<an artifact, a folder or a hub id>"),
     ("evaluate", ["kind=best"], "kind=best: Invalid value 'best', expected one of ["),
     ("prep", ["kind=pairs"], "kind=pairs: Invalid value 'pairs', expected one of [text, demonstration, ranking, "),
     ("prep", ["data.train=null"], "data.train: has no value; add data.train=..."),
@@ -146,6 +152,7 @@ WITHOUT_TRAINING = [
 GIVEN_WITHOUT_TRAINING = {
     "generate": ["model.path=some_model", "prompts.path=some.jsonl"],
     "chat": ["model.path=some_model"],
+    "score": ["model.path=some_model", "data.path=some.jsonl"],
     "evaluate": ["systems={a:some_model}"],
     "prep": ["data.train=some.jsonl"],
 }
@@ -160,6 +167,34 @@ def test_commands_that_train_nothing(stage: str, overrides: list[str], beginning
 
 
 @pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "optim.max_grad_norm", "evaluation.temperature"])
+RANKINGS = {
+    "objective.margin=-1": "objective.margin=-1.0: must not be negative",
+    "objective.centring=-0.1": "objective.centring=-0.1: must not be negative",
+    "objective.label_smoothing=0.5": "objective.label_smoothing=0.5: must be at least 0 and less than a half",
+    "normalise.examples=0": "normalise.examples=0: must be more than 0",
+    "normalise.train=[]": "normalise.train=[]: names nothing",
+    "evaluation.samples=2": "evaluation.samples=2: a reward model writes no answers; set it to 0",
+}
+LISTWISE = {
+    "objective.ties=model": "objective.ties=model: is about pairs, and objective.loss=plackett_luce has none",
+    "objective.margin=0.5": "objective.margin=0.5: is about pairs, and objective.loss=plackett_luce has none",
+    "objective.label_smoothing=0.1": "objective.label_smoothing=0.1: is about pairs",
+}
+
+
+@pytest.mark.parametrize("override", RANKINGS)
+def test_reward_model(override: str) -> None:
+    (problem,) = problems(override, stage="rm")
+    assert problem.startswith(RANKINGS[override])
+
+
+@pytest.mark.parametrize("override", LISTWISE)
+def test_what_is_about_pairs_has_no_meaning_for_a_whole_order(override: str) -> None:
+    assert problems(override, stage="rm") == []
+    (problem,) = problems(override, "objective.loss=plackett_luce", stage="rm")
+    assert problem.startswith(LISTWISE[override])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_are_finite(key: str, value: float) -> None:
     assert f"{key}={value}: must be a finite number" in problems(f"{key}={value}")

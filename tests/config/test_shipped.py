@@ -107,5 +107,17 @@ def test_instructgpt_has_the_papers_figures(name: str) -> None:
     assert run.model.dtype == "bfloat16"
 
 
+def test_instructgpts_reward_model_has_the_papers_figures() -> None:
+    """Appendix C.2 and equation 1 of section 3.5."""
+    overrides = ["experiment=instructgpt_6b_rm"]
+    run = config.load("rm", overrides + users_part("rm", overrides))
+    assert (run.optim.lr, run.batch.examples, run.train.epochs) == (9e-6, 64, 1)
+    assert (run.optim.betas, run.optim.decay, run.optim.final_lr_fraction) == ([0.9, 0.95], "cosine", 0.1)
+    assert (run.optim.warmup_steps, run.optim.warmup_fraction) == (0, 0.0)
+    assert (run.objective.loss, run.objective.ties, run.objective.divide_by) == ("pairwise", "drop", "literal")
+    assert run.data.rankings == "whole"
+    assert (run.data.max_length, run.data.max_prompt_length, run.data.long_prompt) == (2048, 1024, "drop")
+
+
 def test_lists_are_not_empty() -> None:
     assert PRIMARIES and OPTIONS and set(INSTRUCTGPT) < {path.stem for path in EXPERIMENTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -161,13 +162,14 @@ def test_what_is_printed() -> None:
     good = rewards(*[[1.0, 0.0]] * 41)
     bad = rewards(*[[0.0, 1.0]] * 20, *[[1.0, 0.0]] * 21)
     text = _shown(measure(rows, {"bad": bad, "good": good}))
-    assert "all (40)" in text and "mean over subsets" in text and "chat (1)" in text
+    assert "40 comparisons" in text and "mean over subsets" in text and "chat (1)" in text
     assert "[b] (39)" in text, "a subset's name is not markup"
     assert "1 comparisons are ties" in text
-    assert "good - bad: +0.500 [" in text and "on the same comparisons, clear of chance" in text
-    assert "a - b: +0.000 [+0.000, +0.000] on the same comparisons, not clear" in _shown(
-        measure(rows, {"b": good, "a": good})
-    )
+    assert "to bad on the same comparisons" in text and re.search(r"good .* \+0.500 \[.*\], clear of chance", text)
+    same = _shown(measure(rows, {"b": good, "a": good}))
+    assert re.search(r"a .* \+0.000 \[\+0.000, \+0.000\], not clear of chance", same)
+    many = _shown(measure(rows, {name: good for name in "abcd"}))
+    assert "1.000" in many.split("by subset")[1] and "[1.000" not in many.split("by subset")[1], "only means have room"
 
 
 def _shown(found: Results) -> str:
