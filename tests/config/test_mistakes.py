@@ -166,7 +166,6 @@ def test_commands_that_train_nothing(stage: str, overrides: list[str], beginning
     assert problem.startswith(beginning)
 
 
-@pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "optim.max_grad_norm", "evaluation.temperature"])
 RANKINGS = {
     "objective.margin=-1": "objective.margin=-1.0: must not be negative",
     "objective.centring=-0.1": "objective.centring=-0.1: must not be negative",
@@ -195,6 +194,7 @@ def test_what_is_about_pairs_has_no_meaning_for_a_whole_order(override: str) -> 
     assert problem.startswith(LISTWISE[override])
 
 
+@pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "optim.max_grad_norm", "evaluation.temperature"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_are_finite(key: str, value: float) -> None:
     assert f"{key}={value}: must be a finite number" in problems(f"{key}={value}")

@@ -168,7 +168,7 @@ def test_what_is_printed() -> None:
     assert "to bad on the same comparisons" in text and re.search(r"good .* \+0.500 \[.*\], clear of chance", text)
     same = _shown(measure(rows, {"b": good, "a": good}))
     assert re.search(r"a .* \+0.000 \[\+0.000, \+0.000\], not clear of chance", same)
-    many = _shown(measure(rows, {name: good for name in "abcd"}))
+    many = _shown(measure(rows, dict.fromkeys("abcd", good)))
     assert "1.000" in many.split("by subset")[1] and "[1.000" not in many.split("by subset")[1], "only means have room"
 
 
