@@ -153,8 +153,9 @@ def compare(run: Path, plain: Curve) -> None:
 
 
 def total_losses(run: Path) -> list[float]:
-    centring = series(run, "train/centring") or [0.0] * len(series(run, "train/loss"))
-    return [loss + 0.01 * c for loss, c in zip(series(run, "train/loss"), centring, strict=True)]
+    """A batch of nothing but ties has no centring, and says nothing of it."""
+    steps = [line for line in metrics(run) if "train/loss" in line]
+    return [line["train/loss"] + 0.01 * line.get("train/centring", 0.0) for line in steps]
 
 
 def log_tie_of(run: Path) -> float | None:
