@@ -165,14 +165,20 @@ def test_what_is_printed() -> None:
     assert "40 comparisons" in text and "mean over subsets" in text and "chat (1)" in text
     assert "[b] (39)" in text, "a subset's name is not markup"
     assert "1 comparisons are ties" in text
-    assert "to bad on the same comparisons" in text and re.search(r"good .* \+0.500 \[.*\], clear of chance", text)
+    assert "to bad" in text and re.search(r"good .* \+0.500 \[.*\] .* yes", text)
     same = _shown(measure(rows, {"b": good, "a": good}))
-    assert re.search(r"a .* \+0.000 \[\+0.000, \+0.000\], not clear of chance", same)
-    many = _shown(measure(rows, dict.fromkeys("abcd", good)))
-    assert "1.000" in many.split("by subset")[1] and "[1.000" not in many.split("by subset")[1], "only means have room"
+    assert re.search(r"a .* \+0.000 \[\+0.000, \+0.000\] .* no", same)
 
 
-def _shown(found: Results) -> str:
+def test_what_is_printed_has_room() -> None:
+    rows = [row(i, (0, 1), subset="chat") for i in range(4)]
+    found = measure(rows, dict.fromkeys("abcdefgh", rewards(*[[1.0, 0.0]] * 4)))
+    wide, narrow = (_shown(found, width=width).split("by subset", 1)[1] for width in (250, 40))
+    assert "[1.000, 1.000]" in wide and "by subset" not in wide
+    assert "[1.000" not in narrow and narrow.count("by subset") == 2, "only means, three systems at a time"
+
+
+def _shown(found: Results, width: int = 200) -> str:
     sink = io.StringIO()
-    show(Console(file=sink, width=200), found)
+    show(Console(file=sink, width=width), found)
     return sink.getvalue()
