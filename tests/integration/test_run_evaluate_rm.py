@@ -115,7 +115,7 @@ def test_rewards_are_those_of_transformers_and_so_is_the_accuracy(rlhf: Forks, f
         assert results["systems"][name]["by_subset"]["reasoning"]["mean"] == pytest.approx(sum(mine[2:]) / 4)
         assert results["systems"][name]["subsets_mean"] == pytest.approx(sum(mine[:2]) / 4 + sum(mine[2:]) / 8)
     assert set(results["differences"]) == {"one - reward", "two - reward", "two - one"}
-    assert "reasoning (4)" in job.output and "on the same comparisons" in job.output
+    assert "reasoning (4)" in job.output and "to reward" in job.output
 
 
 def test_a_policy_is_indifferent_relative_to_itself(rlhf: Forks, folder: Path) -> None:
