@@ -89,9 +89,7 @@ def main(config: RmConfig) -> None:
 
     def normalisation() -> dict[str, Any]:
         rewards, _ = to_normalise.rewards(engine)
-        with engine.whole(list(model.parameters() if model.tie is None else model.tie.parameters())[:1]):
-            log_tie = None if model.tie is None else float(model.tie())
-        return {**shift_and_scale(rewards), "reward_log_tie": log_tie}
+        return {**shift_and_scale(rewards), "reward_log_tie": _log_tie(model, engine)}
 
     # 5 Train and hand over
     task = training.Task(
@@ -179,6 +177,14 @@ def _model(
     engine = Engine(model, engine=config.engine, optim=config.optim, dtype=config.model.dtype, device=device)
     self_check(scorer, device)
     return model, engine
+
+
+def _log_tie(model: RankingModel, engine: Engine) -> float | None:
+    """As it is now. Called by every rank."""
+    if model.tie is None:
+        return None
+    with engine.whole(list(model.tie.parameters())):
+        return float(model.tie())
 
 
 def _initial_log_tie(rankings: TreeDataset) -> float:

@@ -11,11 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import numpy as np
-
 from rlhf_pipeline.data.lab.judge import Prompt, as_messages, judge
 from rlhf_pipeline.data.lab.reading import words
-from rlhf_pipeline.data.lab.summary import Accuracy, accuracy
 
 LOWEST, HIGHEST = 1, 7  # the Likert scale of InstructGPT's overall quality
 NOISE = 2.3  # points of the scale, one standard deviation
@@ -88,35 +85,3 @@ def agreement(
                     counted += 1
                     same += (one[i] > one[j]) == (two[i] > two[j])
     return {"agreement": same / counted, "pairs": float(counted), "ties": 1 - counted / every}
-
-
-def agreement_with_gold(
-    rows: Iterable[Mapping[str, object]],
-    labelers: Sequence[Labeler] = LABELERS,
-    *,
-    key: str | int = "agreement",
-    seed: int = 0,
-) -> dict[str, Accuracy]:
-    """How often each labeler prefers the better of two answers, over all pairs that the judge does not hold equal.
-
-    Two answers with the same rating count as half: a guess between them would be right that often. A reward model learns
-    from all labelers, whose errors cancel in part, so it can come to agree with the judge more than each of them.
-
-    Args:
-        rows: rows of a rankings set (`prompt`, `responses`).
-
-    Returns:
-        By the labeler's name; 95 % intervals by the bootstrap over prompts, seeded.
-    """
-    right: dict[str, list[float]] = {labeler.name: [] for labeler in labelers}
-    counted: list[int] = []
-    for row in rows:
-        prompt, responses = row["prompt"], row["responses"]
-        gold = np.array([judge(prompt, response).score for response in responses])  # type: ignore[arg-type, attr-defined]
-        better = np.subtract.outer(gold, gold) > 0
-        counted.append(int(better.sum()))
-        for labeler in labelers:
-            rated: np.ndarray = np.array(labeler.scores(prompt, responses, key))  # type: ignore[arg-type]
-            likes = (np.sign(np.subtract.outer(rated, rated)) + 1) / 2
-            right[labeler.name].append(float(likes[better].sum()))
-    return {name: accuracy(np.array(each), np.array(counted), seed=seed) for name, each in right.items()}

@@ -23,16 +23,6 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """The share of `pairs` of answers that were put in the right order, and its 95 % interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    pairs: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Scores of a set of answers: in all, by category, and each criterion as a share of its points."""
 
@@ -66,17 +56,6 @@ def mean(values: np.ndarray, *, seed: int = 0) -> Mean:
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Mean(mean=float(values.mean()), low=float(low), high=float(high), count=len(values))
-
-
-def accuracy(right: np.ndarray, pairs: np.ndarray, *, seed: int = 0) -> Accuracy:
-    """Of `right` [N], how many of the `pairs` [N] of each prompt are in the right order: their share in all pairs.
-
-    The interval is of the bootstrap over prompts, since pairs of one prompt are not independent. There must be a pair.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(right), size=(RESAMPLES, len(right)))
-    low, high = np.percentile(right[drawn].sum(axis=1) / pairs[drawn].sum(axis=1), [2.5, 97.5])
-    return Accuracy(accuracy=float(right.sum() / pairs.sum()), low=float(low), high=float(high), pairs=int(pairs.sum()))
 
 
 def difference(left: Sequence[Verdict], right: Sequence[Verdict], *, seed: int = 0) -> Mean:

@@ -18,9 +18,9 @@ from rlhf_pipeline.data.lab import VERSION
 from rlhf_pipeline.data.lab.candidates import WAYS, candidates
 from rlhf_pipeline.data.lab.corpus import SPEAKERS
 from rlhf_pipeline.data.lab.judge import WEIGHTS, Criterion, Verdict, judge, task_of
-from rlhf_pipeline.data.lab.labelers import LABELERS, Labeler, agreement, agreement_with_gold, ranks_of
+from rlhf_pipeline.data.lab.labelers import LABELERS, Labeler, agreement, ranks_of
 from rlhf_pipeline.data.lab.sets import SETS, rows
-from rlhf_pipeline.data.lab.summary import accuracy, difference, mean, summary
+from rlhf_pipeline.data.lab.summary import difference, mean, summary
 from rlhf_pipeline.data.lab.tasks import CATEGORIES, make
 from rlhf_pipeline.data.records import Demonstration, Message, Prompt, Ranking, Text
 from rlhf_pipeline.errors import UserError
@@ -214,46 +214,6 @@ def test_agreement_by_hand() -> None:
     assert agreement([row], [calm, Labeler(name="other", noise=0.0)]) == {"agreement": 1.0, "pairs": 3.0, "ties": 0.0}
     # 7 for all points, 1 for none, 0.85 of 1 -> 1 + 6 * 0.85 = 6.1.
     assert calm.scores(row["prompt"], row["responses"]) == [7, 1, 6]
-
-
-def test_agreement_with_gold_by_hand() -> None:
-    """Worth 1, 0 and 0.85 by the judge. One labeler sees it as the judge; one gives all the same; one likes length."""
-    row = {"prompt": "Where does Ada live?", "responses": ["Ada lives at the harbour.", "Nonsense", "Harbour."]}
-    none = {name: 0.0 for name in WEIGHTS if name != "ends"}
-    labelers = [
-        Labeler(name="calm", noise=0.0),
-        Labeler(name="blind", noise=0.0, length=99.0),  # all of them 7
-        Labeler(name="contrary", noise=0.0, length=-99.0),  # all of them 1
-        Labeler(name="ends", noise=0.0, taste=none),  # a full stop is all that counts: 7, 1, 7
-    ]
-    found = agreement_with_gold([row, row], labelers)
-    assert {name: (one.accuracy, one.pairs) for name, one in found.items()} == {
-        "calm": (1.0, 6),
-        "blind": (0.5, 6),
-        "contrary": (0.5, 6),
-        "ends": (pytest.approx(2.5 / 3), 6),
-    }
-    assert (found["calm"].low, found["calm"].high) == (1.0, 1.0)
-
-
-def test_labelers_agree_with_the_judge_more_than_with_each_other() -> None:
-    found = agreement_with_gold(rows("heldout_rankings", count=60))
-    assert list(found) == [labeler.name for labeler in LABELERS]
-    assert all(0.65 < one.low < one.accuracy < one.high < 0.82 and one.pairs > 900 for one in found.values())
-    assert found["reader"].accuracy == min(one.accuracy for one in found.values())  # who errs most
-
-
-def test_accuracy_is_over_pairs_and_its_interval_over_prompts() -> None:
-    found = accuracy(np.array([3.0, 0.5, 0.0]), np.array([3, 1, 1]))
-    assert (found.accuracy, found.pairs) == (0.7, 5)
-    assert (found.low, found.high) == (0.0, 1.0)  # three prompts, drawn: all the worst, all the best
-    rng = np.random.default_rng(0)
-    hits = 0
-    for i in range(200):  # 80 prompts of 1 to 9 pairs which are right or wrong together; the truth is 0.7
-        pairs = rng.integers(1, 10, size=80)
-        found = accuracy((rng.random(80) < 0.7) * pairs, pairs, seed=i)
-        hits += found.low <= 0.7 <= found.high
-    assert 178 <= hits <= 198
 
 
 def test_a_labeler_is_stable_and_the_key_changes_only_the_noise() -> None:
