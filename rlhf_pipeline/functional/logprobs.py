@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, without ever holding logits for all of them.
+"""Log-probabilities of given tokens, and entropies, from hidden states, without ever holding logits for all of them.
 
 Shapes: N scored tokens, H hidden size, V vocabulary.
 """
@@ -17,8 +17,13 @@ KEEP_ELEMENTS = 2**24  # up to this many logits are kept for the backward pass i
 
 def token_logprobs(logits: Tensor, target: Tensor) -> Tensor:
     """log softmax(logits)[target] in fp32 (fp64 for fp64 logits); logits [N, V], target int64 [N] -> [N]."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return -cross_entropy(logits, target, reduction="none")
+    return -cross_entropy(logits.to(_wide(logits)), target, reduction="none")
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """-sum_v p_v log p_v, p = softmax(logits), in nats: logits [N, V], finite -> fp32 [N] (fp64 for fp64 logits)."""
+    logprobs = logits.to(_wide(logits)).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -30,6 +35,18 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return _LinearLogProbs.apply(hidden, weight, target)
 
 
+def linear_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
+    """token_entropy(hidden @ weight.T), chunk by chunk; logits are computed again in the backward pass.
+
+    hidden [N, H], weight [V, H] -> fp32 [N] (fp64 for fp64 weights). What runs in which dtype: see `linear_logprobs`.
+    """
+    return _LinearEntropy.apply(hidden, weight)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _chunks(count: int, vocabulary: int) -> list[slice]:
     size = max(16, CHUNK_ELEMENTS // vocabulary)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -38,8 +55,7 @@ def _chunks(count: int, vocabulary: int) -> list[slice]:
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         keeps = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEEP_ELEMENTS
         kept = []
         for part in _chunks(len(hidden), len(weight)):
@@ -71,3 +87,29 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_weight -= others.T @ (g * states).to(hidden.dtype)
                 grad_weight.index_add_(0, words, g * missing * states.to(wide))
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+class _LinearEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        entropy = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
+        for part in _chunks(len(hidden), len(weight)):
+            entropy[part] = token_entropy(hidden[part] @ weight.T)
+        ctx.save_for_backward(hidden, weight, entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # With E the entropy: d E / d logit_v = -p_v (log p_v + E).
+        hidden, weight, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+        for part in _chunks(len(hidden), len(weight)):
+            states, g = hidden[part], grads[0][part, None]
+            logprobs = (states @ weight.T).to(entropy.dtype).log_softmax(-1)
+            slopes = (-g * logprobs.exp() * (logprobs + entropy[part, None])).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = slopes @ weight
+            if grad_weight is not None:
+                grad_weight += slopes.T @ states
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: against torch's log_softmax and its gradients, whatever the chunks."""
+"""Log-probabilities of given tokens, and entropies: against torch's log_softmax and its gradients, whatever the chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_pipeline.functional import logprobs as module
-from rlhf_pipeline.functional.logprobs import linear_logprobs, token_logprobs
+from rlhf_pipeline.functional.logprobs import linear_entropy, linear_logprobs, token_entropy, token_logprobs
 
 WIDTH, WORDS = 6, 11
 SMALLEST_CHUNK = 16  # rows; what CHUNK_ELEMENTS = 1 gives
@@ -227,3 +227,139 @@ def test_the_weight_gradient_is_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch
     # d/dw of log softmax at w = 0 is (1/2, -1/2) a token, times 0.9961 (255/256, exact in bf16): +-510 in all.
     assert weight.grad is not None
     assert weight.grad.flatten().tolist() == [510.0, -510.0]
+
+
+def entropy_by_hand(hidden: Tensor, weight: Tensor) -> Tensor:
+    """-sum p log p with p = exp(logit) / sum exp(logit), as written."""
+    odds = (hidden @ weight.T).exp()
+    p = odds / odds.sum(1, keepdim=True)
+    return -(p * p.log()).sum(1)
+
+
+def test_entropy_by_hand(assert_close: Callable[..., None]) -> None:
+    # (1/2, 1/4, 1/4): (1/2) log 2 + (1/2) log 4 = 1.5 log 2. Uniform over three: log 3. One word almost surely: 0.
+    logits = torch.tensor([[2.0, 1.0, 1.0], [7.0, 7.0, 7.0], [1e4, 1.0, 1.0]], dtype=torch.float64)
+    logits[:2] = logits[:2].log()
+    expected = torch.tensor([1.5 * math.log(2), math.log(3), 0.0], dtype=torch.float64)
+    assert_close(token_entropy(logits), expected, rtol=1e-12)
+    assert_close(linear_entropy(logits, torch.eye(3, dtype=torch.float64)), expected, rtol=1e-12)
+    assert_close(token_entropy(logits.float()), expected.float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_entropy_is_at_least_fp32(dtype: torch.dtype, out: torch.dtype) -> None:
+    hidden, weight, _, grad = inputs(3, dtype)
+    entropy = linear_entropy(hidden, weight)
+    assert entropy.dtype == token_entropy(hidden @ weight.T).dtype == out
+    entropy.backward(grad.to(out))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 48, 50])
+@pytest.mark.parametrize("elements", [1, module.CHUNK_ELEMENTS])
+def test_entropy_and_its_gradients(
+    count: int, elements: int, monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+    hidden, weight, _, grad = inputs(count)
+    expected = entropy_by_hand(hidden, weight)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight), grad)
+    for actual in (linear_entropy(hidden, weight), token_entropy(hidden @ weight.T)):
+        assert_close(actual, expected, rtol=1e-12)
+        for one, other in zip(torch.autograd.grad(actual, (hidden, weight), grad), expected_grads, strict=True):
+            assert_close(one, other, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [0, 1, 18])
+def test_gradcheck_of_entropy(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    hidden, weight, _, _ = inputs(count)
+    assert torch.autograd.gradcheck(linear_entropy, (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: token_entropy(h @ w.T), (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_entropy_gives_what_is_frozen_no_gradient(frozen: str, assert_close: Callable[..., None]) -> None:
+    hidden, weight, _, grad = inputs(20)
+    expected = torch.autograd.grad(entropy_by_hand(hidden, weight), (hidden, weight), grad)
+    (weight if frozen == "weight" else hidden).requires_grad_(False)
+    with Shapes() as shapes:
+        linear_entropy(hidden, weight).backward(grad)
+    if frozen == "weight":
+        assert weight.grad is None
+        assert weight.shape not in shapes.seen
+        assert_close(hidden.grad, expected[0], rtol=1e-9, atol=1e-13)
+    else:
+        assert hidden.grad is None
+        assert_close(weight.grad, expected[1], rtol=1e-9, atol=1e-13)
+
+
+def test_entropy_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tokens of 200 words in chunks of 20 tokens; the backward pass computes them again."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 20 * 200)
+    hidden = torch.randn(64, 2, requires_grad=True)
+    weight = torch.randn(200, 2, requires_grad=True)
+    saved: list[int] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with Shapes() as shapes:
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            entropy = linear_entropy(hidden, weight)
+        entropy.sum().backward()
+    assert max(map(math.prod, shapes.seen)) == 20 * 200
+    assert sum(saved) == 64 * 2 + 200 * 2 + 64
+
+
+def test_entropy_leaves_its_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    hidden, weight, _, grad = inputs(20)
+    before = [t.detach().clone() for t in (hidden, weight, grad)]
+    result = linear_entropy(hidden, weight)
+    first = torch.autograd.grad(result, (hidden, weight), grad, retain_graph=True)
+    second = torch.autograd.grad(result, (hidden, weight), grad)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip((hidden, weight, grad), before, strict=True))
+
+
+def test_entropy_in_bf16_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    hidden, weight, _, grad = inputs(200, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    expected = entropy_by_hand(wide[0], wide[1])
+    expected_grads = torch.autograd.grad(expected, wide, grad.float())
+    actual = linear_entropy(hidden, weight)
+    actual_grads = torch.autograd.grad(actual, (hidden, weight), grad.float())
+    assert_close(actual, expected, rtol=0, atol=0.04)  # as for log-probs
+    for one, other in zip(actual_grads, expected_grads, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_close(one.float(), other, rtol=0, atol=float(0.02 * other.abs().max()))
+
+
+def test_the_weight_gradient_of_entropy_is_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 chunks of equal shares, as for log-probs: in bf16 the sum would stop growing on the way."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    hidden = torch.ones(64 * SMALLEST_CHUNK, 1, dtype=torch.bfloat16)
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    linear_entropy(hidden, weight).sum().backward()
+    # p = sigmoid(1); dE/dw = -+p (1 - p), since log p - log(1 - p) = 1: 0.19661 a token, 201.3 for 1,024.
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == pytest.approx([-201.3, 201.3], rel=0.01)
+
+
+def test_entropy_gradients_of_a_flat_distribution(assert_close: Callable[..., None]) -> None:
+    """log p + E is about 0.01 where both are 1.1: their difference in bf16, of steps of 0.008, would be noise."""
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[0.011], [0.0], [-0.007]], dtype=torch.bfloat16, requires_grad=True)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(entropy_by_hand(wide[0], wide[1]), wide)
+    actual = torch.autograd.grad(linear_entropy(hidden, weight), (hidden, weight))
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one.double(), other, rtol=0.02)
