@@ -82,11 +82,11 @@ class Slice:
 
     name: str
     start: int
-    tensors: dict[str, Tensor]  # MASTER and the MOMENTS, flat fp32 views
+    tensors: dict[str, Tensor]  # MASTER and the MOMENTS, flat fp32 views; or whatever else there is one of an element
 
     @property
     def numel(self) -> int:
-        return self.tensors[MASTER].numel()
+        return next(iter(self.tensors.values())).numel()
 
 
 class Engine:
@@ -100,6 +100,7 @@ class Engine:
         self.device = device
         self.zero_stage = engine.zero_stage
         self.max_grad_norm = optim.max_grad_norm
+        self.updates = 0  # made by the optimiser, before a resume and since
         self.module = module if engine.zero_stage == 3 else module.to(device)
         config = deepspeed_json(engine, dtype=dtype, max_grad_norm=optim.max_grad_norm)
         optimizer = torch.optim.AdamW(
@@ -132,6 +133,7 @@ class Engine:
             limit = self.max_grad_norm or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         self._engine.step()
+        self.updates += 1
         return norm if norm is not None else float(self._engine.get_global_grad_norm())
 
     def train(self, mode: bool = True) -> None:
@@ -200,6 +202,7 @@ class Engine:
 
     def set_updates(self, count: int) -> None:
         """Tell the optimiser how many updates it has made: the moments' bias correction depends on it."""
+        self.updates = count
         self._allocate_moments()
         for state in self._inner_optimizer().state.values():
             if isinstance(state.get("step"), Tensor):
@@ -213,6 +216,8 @@ class Engine:
         if self.zero_stage in (1, 2):
             optimizer.update_lp_params()
         elif self.zero_stage == 3:
+            # A forward pass without a backward one leaves parameters whole, to be used again: those would stay the old.
+            optimizer.empty_partition_cache()
             for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
                 optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)

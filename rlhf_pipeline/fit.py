@@ -1,21 +1,19 @@
 """The loop that the offline stages share: a function over a stream of global batches, not a class to inherit from.
 
-A step: 1 counts, 2 forward and backward of every micro-batch, 3 refuse what is not finite, 4 update, 5 log, evaluate,
-save. It can be left after any step, by a signal or by kill -9, and goes on from the last state with the same numbers.
+A step: 1 update (update.py), 2 log, 3 evaluate, 4 save. It can be left after any step, by a signal or by kill -9, and
+goes on from the last state with the same numbers.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_pipeline import resume, runtime
 from rlhf_pipeline.config.schema import CheckpointConfig, EvaluationConfig, OptimConfig, TrackingConfig
@@ -24,15 +22,13 @@ from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.functional.schedules import learning_rate
-from rlhf_pipeline.functional.terms import Term, add_counts, objective
 from rlhf_pipeline.machine import peak_memory_bytes
-from rlhf_pipeline.models.tree_model import TreeBatch
 from rlhf_pipeline.run import Run
 from rlhf_pipeline.runtime import StopRequest
 from rlhf_pipeline.tracking import Tracker
+from rlhf_pipeline.update import Counts, Loss, update
 
-Loss = Callable[[Any, TreeBatch], Mapping[str, Term]]  # of what the module returns
-Counts = Callable[[PackedTrees], Mapping[str, float]]
+ENGINE = "model"  # what resume states call the one engine of a stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,15 +136,16 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
         # Drawn from the step and not from a running stream, dropout is the same in a resumed run.
         torch.manual_seed((schedule.seed * 1_000_003 + done) * runtime.world_size() + runtime.rank())
         rate = schedule.learning_rate(done)
-        means, norm, leaving = _update(engine, step, loss, counts, rate, done, stop)
+        failed = partial(_not_finite, step, done + 1)
+        made = update(engine, step.micro_batches, loss, counts, learning_rate=rate, failed=failed)
+        leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
         done += 1
-        tokens = means.pop("tokens")
         if done % schedule.tracking.every == 0 or done == schedule.num_steps:
-            values = {f"train/{name}": value for name, value in means.items()}
-            values |= {"train/grad_norm": norm, "train/lr": rate, "train/epoch": float(step.epoch + 1)}
-            tracker.log(done, values | meter.rates(tokens))
+            values = {f"train/{name}": value for name, value in made.means.items()}
+            values |= {"train/grad_norm": made.norm, "train/lr": rate, "train/epoch": float(step.epoch + 1)}
+            tracker.log(done, values | meter.rates(made.tokens))
         else:
-            meter.rates(tokens)
+            meter.rates(made.tokens)
         tracker.progress(done, schedule.num_steps)
         if schedule.evaluates_after(done):
             metrics = evaluate(done)
@@ -161,47 +158,20 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
         paused = leaving or done == schedule.stop_after
         if last or paused or done % schedule.checkpoint.every == 0:
             tracker.sync()
-            resume.save(run.folder, engine, step=done, meta=state_meta, keep=schedule.checkpoint.keep)
+            resume.save(run.folder, {ENGINE: engine}, step=done, meta=state_meta, keep=schedule.checkpoint.keep)
             meter.restart()
         if paused and not last:
             raise Stopped(leaving)
 
 
-def _update(
-    engine: Engine, step: Step, loss: Loss, counts: Counts, rate: float, done: int, stop: StopRequest
-) -> tuple[dict[str, float], float, int]:
-    """One optimiser step. Returns the global means of all terms (with the number of tokens), gradient norm, exit code."""
-    global_counts = runtime.sum_over_ranks(add_counts(counts(micro) for micro in step.micro_batches))
-    sums: dict[str, Tensor] = {}
-    for i, micro in enumerate(step.micro_batches):
-        batch = TreeBatch.of(micro, engine.device)
-        terms = loss(engine(batch), batch)
-        engine.backward(objective(terms, global_counts), last=i == len(step.micro_batches) - 1)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.sum.detach()
-    local = dict(zip(sums, torch.stack(list(sums.values())).double().tolist(), strict=True))
-    local["tokens"] = float(sum(micro.num_tokens for micro in step.micro_batches))
-    leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
-    total = runtime.sum_over_ranks(local)
-    tokens = total.pop("tokens")
-    # What nothing in this batch is counted for has no mean; but a step always has a loss.
-    counted = {name: count or 1.0 for name, count in global_counts.items() if count or name == "loss"}
-    means = {name: value / counted[name] for name, value in total.items() if name in counted}
-    _require_finite("loss", list(means.values()), step, done)
-    norm = engine.step(rate)
-    _require_finite("gradient norm", [norm], step, done)
-    return means | {"tokens": tokens}, norm, leaving
-
-
-def _require_finite(what: str, values: list[float], step: Step, done: int) -> None:
-    if not all(math.isfinite(value) for value in values):
-        origins = step.origins()
-        shown = ", ".join(origins[:16]) + (f" and {len(origins) - 16} more" if len(origins) > 16 else "")
-        raise UserError(
-            f"step {done + 1}: the {what} is not finite ({', '.join(map(str, values))}). The weights were not saved; the "
-            f"last state on disk is from before it. Examples of this batch: {shown}. "
-            "A lower optim.lr, a smaller optim.max_grad_norm or model.dtype=float32 often helps."
-        )
+def _not_finite(step: Step, number: int, what: str, values: list[float]) -> UserError:
+    origins = step.origins()
+    shown = ", ".join(origins[:16]) + (f" and {len(origins) - 16} more" if len(origins) > 16 else "")
+    return UserError(
+        f"step {number}: the {what} is not finite ({', '.join(map(str, values))}). The weights were not saved; the "
+        f"last state on disk is from before it. Examples of this batch: {shown}. "
+        "A lower optim.lr, a smaller optim.max_grad_norm or model.dtype=float32 often helps."
+    )
 
 
 class _Meter:

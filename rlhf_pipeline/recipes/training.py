@@ -5,7 +5,7 @@ A stage says what it trains towards (`Task`); `train` does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,15 +21,16 @@ from rlhf_pipeline.data import stage
 from rlhf_pipeline.data.loader import Layout, TreeStream
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.store import TreeDataset
-from rlhf_pipeline.engine import Engine
+from rlhf_pipeline.engine import Engine, Slice
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.fit import Counts, Loss, Schedule, Step, Stopped, fit
+from rlhf_pipeline.fit import ENGINE, Schedule, Step, Stopped, fit
 from rlhf_pipeline.machine import measure_peak_flops, training_flops_per_token
 from rlhf_pipeline.models import lora
 from rlhf_pipeline.models.load import TORCH_DTYPES
 from rlhf_pipeline.models.tree_model import BLOCK_MULTIPLE, TreeModule
 from rlhf_pipeline.run import Run
 from rlhf_pipeline.tracking import Tracker, open_tracker
+from rlhf_pipeline.update import Counts, Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +72,26 @@ def train(  # noqa: PLR0913 - each is a noun of a run, and named
     layout = layout_of(config, task.model)
     stream = TreeStream(data=list(data.values()), order=batch_order, layout=layout, mix_ratio=mix_ratio)
     num_steps = min(batch_order.num_steps, config.train.max_steps or batch_order.num_steps)
-    with _tracker(config, run) as tracker, runtime.stopping_on_signals(process.stop):
+    with tracker_of(config, run) as tracker, runtime.stopping_on_signals(process.stop):
         tracker.info(_summary(run, num_steps, task.model, data, heldout))
-        state_meta = _restore(config, run, task.engine, data, parents, process.threads, tracker)
+        state_meta = restore(config, run, {ENGINE: task.engine}, data, parents, process.threads, tracker)
 
         def save_artifact(epoch: int, step: int, metrics: dict[str, float]) -> None:
-            _hand_over(config, task, run, renderer, data, parents, epoch=epoch, step=step, metrics=metrics)
+            hand_over(
+                config,
+                run,
+                engine=task.engine,
+                model=task.model,
+                kind=task.kind,
+                tokenizer=task.tokenizer,
+                renderer=renderer,
+                data=data,
+                parents=parents,
+                epoch=epoch,
+                step=step,
+                metrics=metrics,
+                facts=task.facts(),
+            )
             tracker.info(f"epoch {epoch}: {run.epoch_artifact(epoch)}")
 
         try:
@@ -118,7 +133,8 @@ def layout_of(config: StageConfig, model: TreeModule) -> Layout:
     )
 
 
-def _tracker(config: StageConfig, run: Run) -> Tracker:
+def tracker_of(config: StageConfig, run: Run) -> Tracker:
+    """The run's tracker, cut back to the step that it goes on from."""
     return open_tracker(
         run_dir=run.folder,
         name=config.name,
@@ -134,16 +150,20 @@ def _tracker(config: StageConfig, run: Run) -> Tracker:
     )
 
 
-def _restore(
+def restore(
     config: StageConfig,
     run: Run,
-    engine: Engine,
+    engines: Mapping[str, Engine],
     data: Mapping[str, TreeDataset],
     parents: Mapping[str, Parent],
     threads: int,
     tracker: Tracker,
+    extra: Mapping[str, Sequence[Slice]] = resume.NOTHING,
 ) -> dict[str, Any]:
     """Load the run's state, if there is one. Returns what later states are to say about themselves.
+
+    Args:
+        engines: and `extra`: see `resume.save`.
 
     Raises:
         UserError: when the data, or the model it started from, are not those that the run began with.
@@ -155,7 +175,7 @@ def _restore(
         "dtype": config.model.dtype.value,
         "data": {name: one.fingerprint for name, one in data.items()},
         "parents": {name: one.content_hash for name, one in parents.items()},
-        "frozen": engine.fingerprint_frozen(),
+        "frozen": {name: engine.fingerprint_frozen() for name, engine in engines.items()},
         "torch": torch.__version__,
     }
     if run.state is not None:
@@ -167,36 +187,44 @@ def _restore(
                     f"{run.folder}: the {called} have changed since the run began; put them back, choose another "
                     f"name=..., or remove {run.folder} to begin again"
                 )
-        now = {**meta, "num_processes": runtime.world_size(), "zero_stage": engine.zero_stage}
+        now = {**meta, **resume.layout(engines)}
         changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before.get(key, "") != value]
         if changed:
             tracker.warn(f"results may differ in the last bits from an undisturbed run ({'; '.join(changed)})")
-        resume.load(run.state, engine)
+        resume.load(run.state, engines, extra)
         tracker.info(f"resumed after step {run.state.step}")
     return meta
 
 
-def _hand_over(  # noqa: PLR0913 - each is part of what is handed over
+def hand_over(  # noqa: PLR0913 - each is part of what is handed over
     config: StageConfig,
-    task: Task,
     run: Run,
+    *,
+    engine: Engine,
+    model: TreeModule,
+    kind: Kind,
+    tokenizer: Any,
     renderer: Renderer,
     data: Mapping[str, TreeDataset],
     parents: dict[str, Parent],
-    *,
     epoch: int,
     step: int,
     metrics: dict[str, float],
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write the artifact of an epoch, and make it the run's artifact. Called by every rank."""
-    inner, tokenizer = task.model.inner, task.tokenizer
-    facts = task.facts()
-    weights = task.engine.weights(inner)
+    """Write the artifact of an epoch, and make it the run's artifact. Called by every rank.
+
+    Args:
+        model: under the engine; its `inner` becomes the artifact.
+        facts: more of the manifest.
+    """
+    inner = model.inner
+    weights = engine.weights(inner)
     with runtime.main_first():
         if not runtime.is_main():
             return
         manifest = {
-            "kind": task.kind,
+            "kind": kind,
             "stage": run.stage,
             "step": step,
             "parents": parents,
