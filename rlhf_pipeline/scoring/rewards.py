@@ -147,20 +147,21 @@ def score(
     *,
     batch_tokens: int,
     normalised: bool = True,
+    must_be_finite: bool = True,
     tick: Tick | None = None,
 ) -> list[np.ndarray]:
     """The reward of every response, float64 [K] a tree, in the trees' order. What a micro-batch holds beside a tree does
     not matter, but for rounding.
 
     Raises:
-        UserError: when the model gives one that is not finite.
+        UserError: when the model gives one that is not finite, and it must be.
     """
     shift, scale = (model.shift, model.scale) if normalised else (0.0, 1.0)
     found: list[np.ndarray] = [np.zeros(0)] * len(made)
     for order, packed in micro_batches(made, batch_tokens=batch_tokens, attention=model.scorer.attention):
         with torch.no_grad():
             raw = model.scorer(TreeBatch.of(packed, model.device)).double().cpu().numpy()
-        if not np.isfinite(raw).all():
+        if must_be_finite and not np.isfinite(raw).all():
             raise UserError("the reward model gives rewards that are not finite; its weights are damaged or overflow")
         ends = np.cumsum([len(made[i].responses) for i in order])
         for i, mine in zip(order, np.split((raw - shift) / scale, ends[:-1]), strict=True):
@@ -202,18 +203,18 @@ def _packed(made: Sequence[Tree], batch: Sequence[int], attention: Attention) ->
 
 
 def _encoded(renderer: Renderer, rows: Sequence[Answered], limit: int) -> list[Encoded]:
-    rendered: list[tuple[list[Segment], list[list[Segment]]] | str] = []
+    texts: list[tuple[list[Segment], list[list[Segment]]] | str] = []
     for row in rows:
         try:
-            rendered.append(_rendered(renderer, row))
+            texts.append(rendered(renderer, row))
         except BadRow as error:
-            rendered.append(str(error))
+            texts.append(str(error))
         except UserError as error:
             raise UserError(f"{row.origin}: {error}") from error
-    parts = [part for one in rendered if not isinstance(one, str) for part in (one[0], *one[1])]
+    parts = [part for one in texts if not isinstance(one, str) for part in (one[0], *one[1])]
     tokens = iter(renderer.tokenize([segment for part in parts for segment in part]))
     found = []
-    for row, one in zip(rows, rendered, strict=True):
+    for row, one in zip(rows, texts, strict=True):
         if isinstance(one, str):
             found.append(Encoded(why=one))
             continue
@@ -226,8 +227,13 @@ def _encoded(renderer: Renderer, rows: Sequence[Answered], limit: int) -> list[E
     return found
 
 
-def _rendered(renderer: Renderer, row: Answered) -> tuple[list[Segment], list[list[Segment]]]:
-    """Segments of the prompt and of each answer; none of an empty answer."""
+def rendered(renderer: Renderer, row: Answered) -> tuple[list[Segment], list[list[Segment]]]:
+    """Segments of the prompt and of each answer; none of an empty answer.
+
+    Raises:
+        BadRow: for what cannot be rendered, an empty answer that was cut off among it.
+        UserError: for an unfit template.
+    """
     spoken = [response for response in row.responses if response.strip()]
     prompt, branches = renderer.branches(row.prompt, spoken)
     supply = iter(branches)
