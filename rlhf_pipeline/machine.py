@@ -111,6 +111,24 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What a process could still take on `device`, with what its own allocator holds unused; None where that is unknown.
+
+    On a CPU the processes of this machine have equal shares of it.
+    """
+    import torch
+
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    table = Path("/proc/meminfo")
+    if table.exists():
+        for line in table.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // local_world_size()
+    return None
+
+
 def measure_peak_flops(dtype: torch.dtype) -> float:
     """The FLOP/s a matmul of this dtype can reach: published for a known GPU in bf16 or fp16, else measured.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class PackedTrees:
     rank: np.ndarray  # int64 [R]; 0 for the best of a ranking, equal for a tie
     score: np.ndarray  # float32 [R]; the labels' score, NaN where there is none
     segments: tuple[Segment, ...]  # the B * T positions, in order
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [N] each; NaN of trees without this name
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +172,24 @@ def pack(
         rank=_concatenate([tree.ranks for tree in trees]),
         score=np.concatenate([tree.scores for tree in trees]) if trees else np.zeros(0, np.float32),
         segments=tuple(segments),
+        numbers=_numbers(trees),
     )
+
+
+def _numbers(trees: list[Tree]) -> dict[str, np.ndarray]:
+    """Those of the scored tokens, in the order of `source`, under every name that a tree has."""
+    names = sorted({name for tree in trees for name in tree.numbers})
+    return {
+        name: np.concatenate([part for tree in trees for part in _scored_numbers(tree, name)]).astype(np.float32)
+        for name in names
+    }
+
+
+def _scored_numbers(tree: Tree, name: str) -> list[np.ndarray]:
+    values = tree.numbers.get(name)
+    if values is None:
+        return [np.full(int(scored.sum()), np.nan, np.float32) for scored in tree.scored]
+    return [numbers[scored] for numbers, scored in zip(values, tree.scored, strict=True)]
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:

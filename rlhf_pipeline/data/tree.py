@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +18,9 @@ class Tree:
 
     `ranks` is 0 for the best response of a ranking, higher for worse ones, equal for a tie; 0 for a demonstration and
     a document; of feedback 0 for a wanted answer and 1 for an unwanted. `scores` is NaN where there are none.
+
+    `numbers` are what a loss needs to know of each response token beside its id, by name: an old log-probability, an
+    advantage. Data sets have none.
     """
 
     prompt: np.ndarray  # int32 [P], P >= 1
@@ -25,6 +29,7 @@ class Tree:
     index: int  # position in its data set: the example's identity for seeds, caches and error messages
     ranks: np.ndarray = None  # type: ignore[assignment]  # int32 [K]; left out: all 0
     scores: np.ndarray = None  # type: ignore[assignment]  # float32 [K]; left out: all NaN
+    numbers: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # K x float32 [L_k] each
 
     def __post_init__(self) -> None:
         if self.ranks is None:

@@ -54,10 +54,17 @@ class SlotLayer(DynamicLayer):
         self.used = end
         return keys[:, :, :end], values[:, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be there several times."""
-        if self.is_initialized:
+    def select(self, rows: Tensor, moved: Tensor) -> None:
+        """Keep these rows, in this order; a row may be there several times. `moved`: places that another row comes to."""
+        if not self.is_initialized:
+            return
+        assert self.keys is not None and self.values is not None
+        if len(rows) > len(self.keys):
             self.keys, self.values = (self._moved(old, rows) for old in (self.keys, self.values))
+            return
+        for filled in (self.keys[:, :, : self.used], self.values[:, :, : self.used]):
+            filled[moved] = filled[rows[moved]]  # in place: to copy all of them costs as much as a forward pass
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
     def _first(self, states: Tensor, end: int) -> Tensor:
         _, heads, _, width = states.shape
@@ -88,8 +95,9 @@ class SlotCache(Cache):
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be there several times."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         for layer in self._own:
-            layer.select(rows)
+            layer.select(rows, moved)
 
     def fill(self, rows: slice) -> None:
         """The next forward passes are for these rows, from their first slot on."""

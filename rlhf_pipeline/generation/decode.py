@@ -23,7 +23,9 @@ from rlhf_pipeline.generation.cache import HIDDEN, Family
 from rlhf_pipeline.generation.draw import draw, uniforms
 from rlhf_pipeline.models import path_attention
 
-LEAVE = 0.25  # share of a batch that must have finished before its rows are taken out: taking out is a copy of the rest
+LEAVE = (
+    0.1  # share of a batch that must have finished before its rows are taken out: others are copied into their places
+)
 Finish = Literal["stop", "length"]
 PREFILL_TOKENS = 4096  # in one forward pass over prompts: enough to be fast, and few to be padding
 STOP: Finish = "stop"
@@ -122,6 +124,17 @@ def batches(questions: Sequence[Question], options: SamplingConfig, *, equal: bo
             found[-1].append(Question(prompt=question.prompt, id=question.id, samples=part))
             rows += len(part)
     return found
+
+
+def closed_up(alive: np.ndarray) -> np.ndarray:
+    """The rows that go on, int [n]: in their places, but the last of them in those of the rows that leave.
+
+    So that few have to be copied.
+    """
+    rows = np.flatnonzero(alive)
+    places = np.arange(len(rows))
+    places[~alive[: len(rows)]] = rows[rows >= len(rows)]
+    return places
 
 
 @contextmanager
@@ -257,8 +270,9 @@ class _Batch:
                 return
             token, position = drawn[:, None], position + 1
             if (~alive).sum() >= LEAVE * len(alive):
-                stay = torch.from_numpy(np.flatnonzero(alive)).to(self.device)
-                rows, alive = rows[alive], alive[alive]
+                kept = closed_up(alive)
+                rows, alive = rows[kept], alive[kept]
+                stay = torch.from_numpy(kept).to(self.device)
                 self.family.select(cache, stay)
                 token, position = token[stay], position[stay]
                 keys, seen, self.u = (None if one is None else one[stay] for one in (keys, seen, self.u))

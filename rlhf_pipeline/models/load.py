@@ -15,19 +15,18 @@ from typing import Any
 import torch
 
 from rlhf_pipeline.config.schema import (
-    Architecture,
     Attention,
     Dtype,
     LoraConfig,
     ModelConfig,
     Quantise,
     ReadyModelConfig,
-    ShapeConfig,
 )
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models import lora as adapters
-from rlhf_pipeline.models.scalar_head import TreeScorer, draw_head, head_of
+from rlhf_pipeline.models.scalar_head import TreeCritic, TreeScorer, draw_head, head_of
 from rlhf_pipeline.models.self_check import self_check
+from rlhf_pipeline.models.shapes import initialise, set_dropout, shape_config
 from rlhf_pipeline.models.tree_model import FULL, TreeModel, TreeModule
 
 LANGUAGE_MODEL, CLASSIFIER = "causal language model", "sequence classifier"
@@ -54,7 +53,7 @@ def load_policy(
     """
     inner = _trainable(model, lora, tokenizer, seed, device, deepspeed_config, what=LANGUAGE_MODEL)
     policy = TreeModel(inner)
-    policy.use_attention(_attention(model.attention, policy, device, dropout=model.dropout))
+    policy.use_attention(best_attention(model.attention, policy, device, dropout=model.dropout))
     return policy
 
 
@@ -76,8 +75,28 @@ def load_scorer(
     """
     inner = _trainable(model, lora, tokenizer, seed, device, deepspeed_config, what=CLASSIFIER)
     scorer = TreeScorer(inner)
-    scorer.use_attention(_attention(model.attention, scorer, device, dropout=model.dropout))
+    scorer.use_attention(best_attention(model.attention, scorer, device, dropout=model.dropout))
     return scorer
+
+
+def load_critic(
+    model: ModelConfig,
+    *,
+    lora: LoraConfig | None = None,
+    tokenizer: Any,
+    seed: int,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None,
+) -> TreeCritic:
+    """The trainable value model of a policy, as `load_scorer`; `tokenizer` is the policy's, whose tokens it reads.
+
+    Raises:
+        UserError: see `load_scorer`.
+    """
+    inner = _trainable(model, lora, tokenizer, seed, device, deepspeed_config, what=CLASSIFIER)
+    critic = TreeCritic(inner)
+    critic.use_attention(best_attention(model.attention, critic, device, dropout=model.dropout))
+    return critic
 
 
 def open_reward_model(config: ReadyModelConfig, tokenizer: Any, device: torch.device) -> TreeScorer:
@@ -97,7 +116,7 @@ def open_reward_model(config: ReadyModelConfig, tokenizer: Any, device: torch.de
         raise UserError(f"model.path={path}: holds no reward model: {_some(missing)}; rlhf rm makes one from it")
     _refuse_small(inner, tokenizer)
     scorer = TreeScorer(inner.requires_grad_(False)).to(device).eval()
-    scorer.use_attention(_attention(Attention.auto, scorer, device, dropout=0.0))
+    scorer.use_attention(best_attention(Attention.auto, scorer, device, dropout=0.0))
     self_check(scorer, device)
     return scorer
 
@@ -146,7 +165,7 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _attention(asked: Attention, model: TreeModule, device: torch.device, *, dropout: float) -> Attention:
+def best_attention(asked: Attention, model: TreeModule, device: torch.device, *, dropout: float) -> Attention:
     """The form of attention to run in; `auto` takes the fastest that the model's layers allow."""
     family = model.inner.config.model_type
     plain = model.kinds == [FULL] and model.inner.config._attn_implementation == "sdpa"
@@ -313,66 +332,8 @@ def _from_shape(model: ModelConfig, seed: int, what: str) -> Any:
     if what == CLASSIFIER:
         config.num_labels = 1
     inner = _auto(what).from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[model.dtype])
-    _initialise(inner, seed)
+    initialise(inner, seed)
     return inner
-
-
-def shape_config(shape: ShapeConfig) -> Any:
-    """The transformers config of a shape."""
-    from transformers import AutoConfig
-
-    if shape.architecture is Architecture.gpt2:
-        return AutoConfig.for_model(
-            "gpt2",
-            n_embd=shape.hidden,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_inner=shape.intermediate,
-            vocab_size=shape.vocab_size,
-            n_positions=shape.context,
-            tie_word_embeddings=shape.tied,
-            initializer_range=shape.init_std,
-            bos_token_id=None,  # GPT-2's own ids lie outside a smaller vocabulary
-            eos_token_id=None,
-        )
-    return AutoConfig.for_model(
-        shape.architecture.value,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.hidden // shape.heads,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=shape.tied,
-        initializer_range=shape.init_std,
-    )
-
-
-@torch.no_grad()
-def _initialise(inner: Any, seed: int) -> None:
-    """Draw the weights from `seed` module by module, so that they are the same whatever partitions the model is in."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    torch.manual_seed(seed)
-    for module in inner.modules():
-        own = list(module.parameters(recurse=False))
-        if is_deepspeed_zero3_enabled() and own:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
-                inner._init_weights(module)
-        else:
-            inner._init_weights(module)
-    inner.tie_weights()
-
-
-def set_dropout(config: Any, value: float) -> None:
-    """Set every dropout probability that a model's config knows."""
-    for name, current in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(current, int | float):
-            setattr(config, name, value)
 
 
 def set_special_ids(inner: Any, tokenizer: Any) -> None:

@@ -118,6 +118,15 @@ def merge(weights: dict[str, Tensor], inner: Any) -> tuple[dict[str, Tensor], di
     return merged, adapters | ({head: merged[head]} if head in merged else {})
 
 
+def adapt_alike(inner: Any, adapted: Any) -> None:
+    """Put layers for adapters onto `inner` where `adapted`, a model of the same shape, has them; their numbers are not
+    copied."""
+    if any(_adapted(adapted)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            _peft().inject_adapter_in_model(adapted.peft_config[ADAPTER], inner, ADAPTER)
+
+
 def save_adapters(folder: Path, inner: Any, adapters: dict[str, Tensor], *, base: str, revision: str | None) -> None:
     """Write adapters (of `merge`) as `peft.PeftModel.from_pretrained(base, folder)` reads them."""
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME

@@ -1,9 +1,9 @@
-"""A scalar for every response of packed token trees: the reward model, and what it is trained as.
+"""A scalar for every response of packed token trees (the reward model), or for every token (the value model).
 
 `inner` is one of transformers' sequence classifiers with one label: a causal body and a bias-free linear head `score`,
-read at each response's last token, whose place comes with the batch and is not searched for.
+read at each response's last token, or before each scored one; these places come with the batch and are not searched for.
 
-Shapes: R responses, H hidden size.
+Shapes: N scored tokens, R responses, H hidden size.
 """
 
 from __future__ import annotations
@@ -33,6 +33,24 @@ class TreeScorer(TreeModule):
         return self.head(self.hidden(batch)[batch.last])
 
 
+class TreeCritic(TreeModule):
+    """`forward(batch)` gives the value of the state that each scored token was chosen in, fp32 [N] (fp64 for fp64 weights).
+
+    It is read at the token before, of the first one at the prompt's end.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        """
+        Raises:
+            UserError: see `head_of`.
+        """
+        super().__init__(inner)
+        self.head: ScalarHead = ScalarHead(head_of(inner))
+
+    def forward(self, batch: TreeBatch) -> Tensor:
+        return self.head(self.hidden(batch)[batch.source])
+
+
 def head_of(inner: Any) -> nn.Linear:
     """The head of a sequence classifier.
 
@@ -56,7 +74,7 @@ class ScalarHead(nn.Module):
         self.weight = head.weight  # [1, H]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> [R]. In fp32: bfloat16 would round rewards to three digits, and their differences to fewer."""
+        """hidden [n, H] -> [n]. In fp32: bfloat16 would round rewards to three digits, and their differences to fewer."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return hidden.to(wide) @ self.weight[0].to(wide)
 

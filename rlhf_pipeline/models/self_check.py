@@ -81,11 +81,12 @@ def _packed(model: TreeModule, batch: TreeBatch) -> Tensor:
     """What is to be checked: the log-probabilities by the model's own head, or the hidden states."""
     if not isinstance(model, TreeModel):
         return model.hidden(batch)[batch.source]
-    fast, model.fast_head = model.fast_head, False
+    before = model.fast_head, model.temperature, model.gives_entropy
+    model.fast_head, model.temperature, model.gives_entropy = False, 1.0, False
     try:
         return model(batch)
     finally:
-        model.fast_head = fast
+        model.fast_head, model.temperature, model.gives_entropy = before
 
 
 def _head_is_plain(inner: Any, device: torch.device) -> bool:
@@ -95,7 +96,7 @@ def _head_is_plain(inner: Any, device: torch.device) -> bool:
     def remember(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.update(hidden=inputs[0], logits=output)
 
-    tokens = torch.arange(8, device=device)[None]
+    tokens = torch.arange(8, device=device)[None] % inner.config.get_text_config().vocab_size
     handle = inner.get_output_embeddings().register_forward_hook(remember)
     try:
         logits = inner(input_ids=tokens, use_cache=False).logits

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens a row, N scored tokens, R responses, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlhf_pipeline.config.schema import Attention
 from rlhf_pipeline.data.packing import PackedTrees, Segment
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.functional.logprobs import linear_logprobs, token_logprobs
+from rlhf_pipeline.functional.logprobs import linear_entropy, linear_logprobs, token_entropy, token_logprobs
 from rlhf_pipeline.models import path_attention
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -44,13 +44,22 @@ class TreeBatch:
     rank: Tensor
     score: Tensor
     segments: tuple[Segment, ...]
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: PackedTrees, device: torch.device) -> TreeBatch:
         def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(one) for name, one in value.items()}
             return torch.from_numpy(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
         return cls(**{name: moved(getattr(packed, name)) for name in cls.__dataclass_fields__})
+
+    def number(self, name: str) -> Tensor:
+        """`numbers[name]`, fp32 [N]; all NaN where no tree of the micro-batch has it, empty where there are no trees."""
+        if name in self.numbers:
+            return self.numbers[name]
+        return torch.full(self.source.shape, torch.nan, dtype=torch.float32, device=self.source.device)
 
 
 class TreeModule(nn.Module):
@@ -125,7 +134,11 @@ class TreeModule(nn.Module):
 
 
 class TreeModel(TreeModule):
-    """`forward(batch)` gives the log-probability of every scored token, fp32 [N]."""
+    """`forward(batch)` gives the log-probability of every scored token, fp32 [N].
+
+    It is that of softmax(logits / `temperature`): what is sampled at a temperature is trained at it. With
+    `gives_entropy` it gives the distribution's entropy in nats, fp32 [N], beside it.
+    """
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
@@ -133,15 +146,25 @@ class TreeModel(TreeModule):
         plain = isinstance(output, nn.Linear) and output.bias is None and inner.base_model is not inner
         self.head = LogProbHead(output) if plain else None
         self.fast_head = plain  # the self-check switches it off where the model's own head does more
+        self.temperature = 1.0
+        self.gives_entropy = False
 
-    def forward(self, batch: TreeBatch) -> Tensor:
+    def forward(self, batch: TreeBatch) -> Tensor | tuple[Tensor, Tensor]:
         if self.fast_head and self.head is not None:
-            return self.head(self.hidden(batch)[batch.source], batch.target)
+            # Scaled before the product: the same logits, for fewer numbers than the words have.
+            states = self._cooled(self.hidden(batch)[batch.source])
+            return self.head(states, batch.target, self.gives_entropy)
         # Logits of the union of all rows' scored columns: the model's own head takes one index for all rows.
         width = batch.tokens.shape[1]
         columns, place = torch.unique(batch.source % width, return_inverse=True)
         logits = self.inner(**self.inputs(batch), logits_to_keep=columns).logits  # [B, columns, V]
-        return token_logprobs(logits[batch.source // width, place], batch.target)
+        scored = logits[batch.source // width, place]
+        wide = self._cooled(scored if scored.dtype == torch.float64 else scored.float())
+        logprobs = token_logprobs(wide, batch.target)
+        return (logprobs, token_entropy(wide)) if self.gives_entropy else logprobs
+
+    def _cooled(self, states: Tensor) -> Tensor:
+        return states if self.temperature == 1 else states / self.temperature
 
 
 class LogProbHead(nn.Module):
@@ -151,8 +174,9 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = output.weight
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return linear_logprobs(hidden, self.weight, target)
+    def forward(self, hidden: Tensor, target: Tensor, gives_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        logprobs = linear_logprobs(hidden, self.weight, target)
+        return (logprobs, linear_entropy(hidden, self.weight)) if gives_entropy else logprobs
 
 
 def _numel(parameter: Any) -> int:

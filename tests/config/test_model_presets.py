@@ -19,7 +19,7 @@ def test_parameters(path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlhf_pipeline.models.load import shape_config
+    from rlhf_pipeline.models.shapes import shape_config
 
     claimed = re.findall(r"^#.*?(\d{1,3}(?:,\d{3})+) parameters", path.read_text(), re.MULTILINE)
     assert len(claimed) == 1 and f"| {claimed[0]} |" in RECIPES.read_text(), "the comment and docs/recipes.md agree"

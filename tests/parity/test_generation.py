@@ -12,7 +12,7 @@ import torch
 from rlhf_pipeline.config.schema import SamplingConfig
 from rlhf_pipeline.generation import decode
 from rlhf_pipeline.generation.cache import Family
-from rlhf_pipeline.generation.decode import Completion, Question, batches, completions, generate
+from rlhf_pipeline.generation.decode import Completion, Question, batches, closed_up, completions, generate
 from rlhf_pipeline.models import path_attention
 
 WINDOW: dict[str, Any] = {"sliding_window": 5}
@@ -252,3 +252,10 @@ def test_prompts_go_through_the_model_in_chunks_of_similar_length(
     assert [one.tokens.tolist() for one in ask(model, prompts(), temperature=1.0, samples=2)] == whole
     # lengths 17, 12, 9, 9, 4, 2, 1 without their last tokens
     assert calls[:5] == [(1, 16), (1, 11), (2, 8), (2, 3), (14, 1)]
+
+
+def test_rows_close_up_with_few_copies() -> None:
+    alive = np.array([True, False, True, True, False, True, False])
+    assert closed_up(alive).tolist() == [0, 5, 2, 3]  # only row 5 moves
+    assert closed_up(np.array([True, True, False])).tolist() == [0, 1]
+    assert closed_up(np.array([False, False, True])).tolist() == [2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -154,6 +155,48 @@ def test_segments_are_the_positions_in_order(make_tree: Callable[..., Tree]) -> 
         here = slice(starts[i], starts[i + 1])
         assert len(set(trees[here].tolist())) == 1
         assert len(set(branches[here].tolist()) - {0}) <= 1
+
+
+# Numbers of tokens
+
+
+def with_numbers(tree: Tree, **numbers: list[list[float]]) -> Tree:
+    arrays = {name: tuple(np.array(values, np.float32) for values in rows) for name, rows in numbers.items()}
+    return replace(tree, numbers=arrays)
+
+
+def test_numbers_are_those_of_the_scored_tokens() -> None:
+    pair = with_numbers(PAIR, old=[[1, 2], [3, 4, 5]], advantage=[[10, 20], [30, 40, 50]])
+    single = with_numbers(SINGLE, old=[[6, 7, 8]])
+    packed = pack([[pair, single]])
+    check(packed, target=[21, 31, 33, 52, 53])
+    assert sorted(packed.numbers) == ["advantage", "old"]
+    assert packed.numbers["old"].tolist() == [1, 3, 5, 7, 8]
+    assert packed.numbers["advantage"].tolist()[:3] == [10, 30, 50]
+    assert np.isnan(packed.numbers["advantage"][3:]).all() and len(packed.numbers["advantage"]) == 5
+    assert packed.numbers["old"].dtype == packed.numbers["advantage"].dtype == np.float32
+
+
+def test_text_beside_episodes_has_no_numbers() -> None:
+    """In one row and in rows of its own, before and behind."""
+    pair = with_numbers(PAIR, old=[[1, 2], [3, 4, 5]])
+    found = pack([[SINGLE, pair], [SINGLE]], groups=[[1, 0], [1]]).numbers["old"]
+    np.testing.assert_array_equal(found, [np.nan, np.nan, 1, 3, 5, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[PAIR, SINGLE]]])
+def test_no_numbers(rows: list[list[Tree]]) -> None:
+    assert pack(rows).numbers == {}
+
+
+def test_numbers_lie_beside_their_targets(make_tree: Callable[..., Tree]) -> None:
+    rng = np.random.default_rng(1)
+    shapes = [[(3, (2, 4, 1)), (1, (3,))], [(5, (2, 2)), (2, (1, 6, 2, 3))]]
+    rows = [[make_tree(n, branches, rng=rng, scored=0.6) for n, branches in row] for row in shapes]
+    rows = [[replace(t, numbers={"id": tuple(r.astype(np.float32) for r in t.responses)}) for t in row] for row in rows]
+    packed = pack(rows, width_multiple=8)
+    assert 5 < len(packed.target) < 26
+    assert packed.numbers["id"].tolist() == packed.target.tolist()
 
 
 # Rows and plans
