@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_pipeline.data.fields import Fields, get, object_of, optional_string, string
-from rlhf_pipeline.data.records import BadRow, Message
+from rlhf_pipeline.data.records import BadRow, Message, Opening
 
 Messages = tuple[Message, ...]
 
@@ -123,6 +123,10 @@ def dialogue_prompt(row: Fields) -> Messages:
 
 def prompt_text(row: Fields) -> Messages:
     return (Message("user", string(object_of(row, "prompt"), "text")),)
+
+
+def opening(row: Fields) -> Opening:
+    return Opening(string(row, "text"))
 
 
 # Whole conversations

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from rlhf_pipeline.data import templates
 from rlhf_pipeline.data.contents import mix
-from rlhf_pipeline.data.encode import Counts, Draft, Empty, Lengths, Loss, Rankings, draft, fit
+from rlhf_pipeline.data.encode import Counts, Draft, Empty, Lengths, Loss, Rankings, draft, fit, group_of_tokens
 from rlhf_pipeline.data.formats import Kind, detect, to_records
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.records import BadRow, Ranking, Record
@@ -284,7 +284,9 @@ def _tokenise(
         tally.counts["kept" if "kept" in outcomes else outcomes[0]] += 1
         tally.counts["prompt_truncated"] += any(one.prompt_truncated for one in encoded)
         for one, drawn in zip(encoded, drafted, strict=True):
-            examples += [Example(tree, drawn.group, origin) for tree in one.trees]
+            for tree in one.trees:
+                group = group_of_tokens(tree.prompt) if drawn.group is None else drawn.group
+                examples.append(Example(tree, group, origin))
             tally.counts["response_truncated"] += one.num_responses_truncated
             tally.counts["trees"] += len(one.trees)
     return to_batch(examples) if examples else None, tally

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_pipeline.data.prompts import Renderer, Segment
-from rlhf_pipeline.data.records import Demonstration, Feedback, Message, Prompt, Ranking, Record, Text
+from rlhf_pipeline.data.records import Demonstration, Feedback, Message, Opening, Prompt, Ranking, Record, Text
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 
@@ -77,8 +77,10 @@ class Draft:
 
     prompt: list[Segment]
     responses: list[list[Segment]]
-    group: int  # equal for equal prompts, whatever the template
-    document: tuple[int, int] | None = None  # of a document: its start and end token
+    group: (
+        int | None
+    )  # equal for equal prompts, whatever the template; None: told by the prompt's tokens, once it is cut
+    document: tuple[int, int] | None = None  # of a document, and of the opening of one: its start and end token
     ranks: tuple[int, ...] | None = None
     scores: tuple[float, ...] | None = None
     is_prompt: bool = False  # waits for an answer: no response is meant to be there
@@ -111,7 +113,7 @@ def draft(record: Record, renderer: Renderer, *, loss: Loss) -> Draft:
         case Demonstration(messages):
             segments = renderer.segments(messages)
             first = next((i for i, message in enumerate(messages) if _is_target(message)), len(messages))
-            group = _group(messages[:first])
+            group = group_of(messages[:first])
             if loss == "all":
                 return Draft(prompt=[], responses=[segments], group=group)
             start = next((i for i, segment in enumerate(segments) if segment.scored), len(segments))
@@ -119,13 +121,16 @@ def draft(record: Record, renderer: Renderer, *, loss: Loss) -> Draft:
             return Draft(prompt=segments[:start], responses=[response] if response else [], group=group)
         case Ranking(prompt, responses, ranks, scores):
             context, answers = renderer.branches(prompt, responses)
-            return Draft(prompt=context, responses=answers, group=_group(prompt), ranks=ranks, scores=scores)
+            return Draft(prompt=context, responses=answers, group=group_of(prompt), ranks=ranks, scores=scores)
         case Feedback(prompt, response, desirable):
             context, answers = renderer.branches(prompt, (response,))
-            return Draft(prompt=context, responses=answers, group=_group(prompt), ranks=(0 if desirable else 1,))
+            return Draft(prompt=context, responses=answers, group=group_of(prompt), ranks=(0 if desirable else 1,))
         case Prompt(messages):
             context, _ = renderer.branches(messages, ())
-            return Draft(prompt=context, responses=[], group=_group(messages), is_prompt=True)
+            return Draft(prompt=context, responses=[], group=group_of(messages), is_prompt=True)
+        case Opening(text):
+            ends = (renderer.document_start_id, renderer.eos_id)
+            return Draft(prompt=[renderer.document(text)], responses=[], group=None, document=ends, is_prompt=True)
 
 
 def fit(
@@ -141,7 +146,9 @@ def fit(
     responses = [_join(list(islice(supply, len(segments)))) for segments in draft.responses]
     if not responses and not draft.is_prompt:
         return Encoded(outcome="dropped_no_target")
-    if draft.document is not None:
+    if draft.document is not None and draft.is_prompt:
+        prompt = np.concatenate([[draft.document[0]], prompt]).astype(np.int32)
+    elif draft.document is not None:
         return Encoded(outcome="kept", trees=_chunks(responses[0][0], draft.document, lengths.max_length, first_index))
     if not draft.prompt:
         whole = responses[0][0]
@@ -231,10 +238,20 @@ def _is_target(message: Message) -> bool:
     return message.role == "assistant" and message.scored
 
 
-def _group(prompt: Sequence[Message]) -> int:
+def group_of(prompt: Sequence[Message]) -> int:
+    """Equal for equal prompts: a signed 64-bit hash of the messages' roles and contents."""
     return _hash(json.dumps([[message.role, message.content] for message in prompt]))
 
 
+def group_of_tokens(prompt: np.ndarray) -> int:
+    """The same of a prompt without messages, int32 [P]."""
+    return _hash_bytes(prompt.astype("<i4").tobytes())
+
+
 def _hash(text: str) -> int:
+    return _hash_bytes(text.encode())
+
+
+def _hash_bytes(value: bytes) -> int:
     """A signed 64-bit hash that stays the same between runs and machines."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(value, digest_size=8).digest(), "little", signed=True)

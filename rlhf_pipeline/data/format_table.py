@@ -1,7 +1,7 @@
 """The table of formats: which fields a row of each has, and which records can be made of it.
 
 Readers take a row apart (`conversations`, `comparisons`); here stands what can be made of what they find. A new format
-is one entry of FORMATS. Content is checked by the records themselves. Use it through `formats`.
+is an entry of FORMATS. Content is checked by the records. Use it through `formats`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def _ranking(found: Answers) -> Ranking:
 
 
 def _best(found: Answers) -> Demonstration:
-    """The best answer, the first of several. Only this answer is learned: the earlier ones stand before all answers
-    alike, nobody chose them."""
+    """The best answer, the first of several. Only it is learned: earlier ones stand before all alike, nobody chose them."""
     if not found.responses:
         raise BadRow("fewer than two responses")
     return Demonstration((*found.prompt, Message("assistant", found.responses[found.ranks.index(0)])))
@@ -394,5 +393,8 @@ FORMATS: dict[str, Format] = {
         optional=_SYSTEM,
         description="a string or messages",
         **_prompt(conversations.prompt),
+    ),
+    "opening": Format(  # only by name: beside a prompt, a text can be anything
+        fields={"text": "a string"}, description="a document's beginning", named_only=True, prompt=conversations.opening
     ),
 }

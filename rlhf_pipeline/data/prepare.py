@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from rlhf_pipeline import runtime
+from rlhf_pipeline.config.ppo import PtxConfig
 from rlhf_pipeline.config.schema import (
     DataConfig,
     LongPrompt,
@@ -84,6 +85,16 @@ def mixed_in(mix: MixConfig, data: DataConfig, renderer: Renderer, *, progress: 
     """The pretraining text to mix in, cut into pieces as long as the longest example."""
     _refuse_weights("mix.train", mix.train)
     return data_set(mix.train, _of_its_own(data, mix), renderer, kind="text", seed=0, progress=progress)
+
+
+def pretraining_of(
+    ptx: PtxConfig, data: DataConfig, renderer: Renderer, *, progress: Progress | None = None
+) -> TreeDataset:
+    """The text of PPO's pretraining mix, cut into pieces of `ptx.max_length` tokens."""
+    _refuse_weights("ptx.train", ptx.train)
+    length = ptx.max_length or data.max_length
+    given = dataclasses.replace(_of_its_own(data, ptx), max_length=length, max_prompt_length=1)
+    return data_set(ptx.train, given, renderer, kind="text", seed=0, progress=progress)
 
 
 def to_normalise(
@@ -210,7 +221,7 @@ def _whole(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, rankings=Rankings.whole)
 
 
-def _of_its_own(data: DataConfig, source: MixConfig | NormaliseConfig) -> DataConfig:
+def _of_its_own(data: DataConfig, source: MixConfig | NormaliseConfig | PtxConfig) -> DataConfig:
     """For a source beside `data.train`, which what is said of the rows of that one does not describe."""
     return dataclasses.replace(
         data,

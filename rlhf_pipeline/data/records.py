@@ -147,4 +147,14 @@ class Prompt:
             raise BadRow("the prompt ends with the assistant's message")
 
 
-Record = Text | Demonstration | Ranking | Feedback | Prompt
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A document's beginning that waits to be gone on from: a prompt of a model that has no turns, only text."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_text(self.text, "the text")
+
+
+Record = Text | Demonstration | Ranking | Feedback | Prompt | Opening

@@ -94,7 +94,9 @@ class RunReport:
     steps: int
     examples_a_step: float
     tokens_a_step: float
-    fill: float  # share of the positions of packed rows that hold a token, one process, over a few steps
+    # Share of the positions of packed rows that hold a token, one process, over a few steps; None of prompts, whose
+    # responses are yet to be drawn.
+    fill: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,7 @@ def set_report(
 
 
 def run_report(
-    data: TreeDataset, batches: order.BatchOrder, *, max_steps: int | None, row_length: int, micro_rows: int
+    data: TreeDataset, batches: order.BatchOrder, *, max_steps: int | None, row_length: int | None, micro_rows: int
 ) -> RunReport:
     """Steps of a run over `data`, and how full its packed rows are, tried on a few steps of one process."""
     steps = min(batches.num_steps, max_steps or batches.num_steps)
@@ -156,18 +158,20 @@ def run_report(
     tokens = positions = examples = 0
     for step in tried.tolist():
         lengths = data.lengths[batches.indices(step)].tolist()
+        tokens += sum(lengths)
+        examples += len(lengths)
+        if row_length is None:
+            continue
         (micro_batches,) = plan(lengths, num_ranks=1, row_length=row_length, micro_rows=micro_rows)
         for rows in micro_batches:
             filled = [sum(lengths[i] for i in row) for row in rows]
             positions += max(filled, default=0) * len(rows)
-        tokens += sum(lengths)
-        examples += len(lengths)
     return RunReport(
         epochs=len(batches.starts),
         steps=steps,
         examples_a_step=round(examples / len(tried), 1),
         tokens_a_step=round(tokens / len(tried), 1),
-        fill=round(tokens / max(positions, 1), 4),
+        fill=None if row_length is None else round(tokens / max(positions, 1), 4),
     )
 
 

@@ -71,9 +71,10 @@ def lines(report: Report) -> Iterator[str]:
     if report.run is not None:
         run = report.run
         epochs = f"{run.epochs} epoch" + "s" * (run.epochs > 1)
+        packed = "" if run.fill is None else f"; packed rows are {run.fill:.1%} full"
         yield (
             f"{run.steps:,} steps in {epochs}, {run.examples_a_step:,} examples and {run.tokens_a_step:,.0f} "
-            f"{report.unit} a step; packed rows are {run.fill:.1%} full"
+            f"{report.unit} a step{packed}"
         )
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.stages import PretrainConfig, RmConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.stages import PpoConfig, PretrainConfig, RmConfig, SftConfig, StageConfig
 from rlhf_pipeline.data import order, prepare
 from rlhf_pipeline.data.dataset import Progress, records_of
 from rlhf_pipeline.data.formats import Kind
@@ -28,6 +28,7 @@ KINDS: dict[str, Kind] = {  # of data_sets
     "demonstrations": "demonstration",
     "pretraining": "text",
     "rankings": "ranking",
+    "prompts": "prompt",
 }
 MADE_FROM = "made_from.json"  # in the folder of a trained tokenizer
 
@@ -69,6 +70,12 @@ def data_sets(
         case RmConfig():
             rankings, heldout = prepare.train_and_heldout(data, renderer, kind="ranking", seed=seed, progress=progress)
             return {"rankings": rankings}, heldout
+        case PpoConfig():
+            prompts, heldout = prepare.train_and_heldout(data, renderer, kind="prompt", seed=seed, progress=progress)
+            sets = {"prompts": prompts}
+            if config.ptx.coefficient > 0:
+                sets["pretraining"] = prepare.pretraining_of(config.ptx, data, renderer, progress=progress)
+            return sets, heldout
     raise AssertionError(type(config))
 
 
@@ -84,8 +91,11 @@ def demonstrations_to_normalise(
 
 
 def batch_order(config: StageConfig, data: TreeDataset) -> order.BatchOrder:
-    """The global batches of the stage's first training set."""
+    """The global batches of the stage's first training set; of PPO the prompts of every iteration."""
     epochs, seed = config.train.epochs, config.seed
+    if isinstance(config, PpoConfig):
+        prompts = config.rollout.episodes // config.rollout.samples
+        return order.by_examples(len(data), batch=prompts, epochs=epochs, seed=seed, parts=data.parts)
     if config.batch.tokens is not None:
         return order.by_tokens(data.lengths, batch=config.batch.tokens, epochs=epochs, seed=seed, parts=data.parts)
     assert config.batch.examples is not None

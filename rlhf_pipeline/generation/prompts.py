@@ -18,7 +18,7 @@ from rlhf_pipeline.data import lab_files
 from rlhf_pipeline.data.encode import shortened
 from rlhf_pipeline.data.formats import detect, to_records
 from rlhf_pipeline.data.prompts import Renderer
-from rlhf_pipeline.data.records import BadRow, Message, Prompt
+from rlhf_pipeline.data.records import BadRow, Message, Opening, Prompt
 from rlhf_pipeline.data.sources import Row, read_rows
 from rlhf_pipeline.errors import UserError
 
@@ -28,7 +28,10 @@ SHOWN = 10  # bad rows that are named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A prompt. `index` counts the prompts of the input from 0, those that are left out too."""
+    """A prompt. `index` counts the prompts of the input from 0, those that are left out too.
+
+    The opening of a document, as long as it is asked for, is the one message of a user; its tokens have no template.
+    """
 
     index: int
     origin: str
@@ -56,12 +59,12 @@ def read_prompts(config: PromptsConfig, renderer: Renderer, *, context: int | No
     counts: Counter[str] = Counter()
     bad: list[str] = []
     asked: list[Asked] = []
-    for index, (origin, messages, columns) in enumerate(_prompts(config, bad)):
-        told = [[(m.role, m.content) for m in messages], columns]
+    for index, (origin, record, columns) in enumerate(_prompts(config, bad)):
+        told = [_told(record), columns]
         digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
         counts["prompts"] += 1
         try:
-            tokens = renderer.encode_prompt(messages)
+            tokens = _tokens(record, renderer)
         except BadRow as error:
             bad.append(f"{origin}: {error}")
             continue
@@ -78,6 +81,7 @@ def read_prompts(config: PromptsConfig, renderer: Renderer, *, context: int | No
                 "keep_end" if config.long_prompt is LongPrompt.keep_end else "keep_start"
             )
             tokens = shortened(tokens, limit, keep, renderer.tokenizer.bos_token_id)
+        messages = messages_of(record, tokens, renderer)
         asked.append(Asked(index=index, origin=origin, messages=messages, columns=columns, tokens=tokens))
     notes = []
     if bad:
@@ -101,8 +105,26 @@ def read_prompts(config: PromptsConfig, renderer: Renderer, *, context: int | No
     return Prompts(asked=asked, fingerprint=digest.hexdigest(), notes=notes)
 
 
-def _prompts(config: PromptsConfig, bad: list[str]) -> Iterator[tuple[str, tuple[Message, ...], dict[str, Any]]]:
-    """(origin, messages, other columns) of each prompt, of at most `max_examples` rows; bad rows go to `bad`."""
+def messages_of(record: Prompt | Opening, tokens: np.ndarray, renderer: Renderer) -> tuple[Message, ...]:
+    """What readers of conversations are shown of a prompt that became `tokens`; of an opening, what was kept of it."""
+    if isinstance(record, Prompt):
+        return record.messages
+    kept = str(renderer.tokenizer.decode(tokens, skip_special_tokens=True))
+    return (Message("user", kept if kept.strip() else record.text),)
+
+
+def _told(record: Prompt | Opening) -> Any:
+    return record.text if isinstance(record, Opening) else [(m.role, m.content) for m in record.messages]
+
+
+def _tokens(record: Prompt | Opening, renderer: Renderer) -> np.ndarray:
+    if isinstance(record, Prompt):
+        return renderer.encode_prompt(record.messages)
+    return renderer.encode_text(record.text)[:-1]  # but the end token
+
+
+def _prompts(config: PromptsConfig, bad: list[str]) -> Iterator[tuple[str, Prompt | Opening, dict[str, Any]]]:
+    """(origin, prompt, other columns) of each prompt, of at most `max_examples` rows; bad rows go to `bad`."""
     rows = 0
     for entry in config.path if isinstance(config.path, list) else [config.path]:
         settings = {"format": config.format, "columns": config.columns, "split": config.split}
@@ -129,8 +151,8 @@ def _prompts(config: PromptsConfig, bad: list[str]) -> Iterator[tuple[str, tuple
                 raise UserError(f"{row.origin}: {str(error).replace('data.', 'prompts.')}") from error
             others = {name: value for name, value in row.value.items() if name != "prompt"}
             for record in records:
-                assert isinstance(record, Prompt)
-                yield row.origin, record.messages, others
+                assert isinstance(record, Prompt | Opening)
+                yield row.origin, record, others
 
 
 def _rows(path: str, config: PromptsConfig, split: str) -> Iterator[Row]:

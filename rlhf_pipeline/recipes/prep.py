@@ -132,7 +132,8 @@ def _present(
 
     contents = {name: read_contents(one) for name, one in sets.items()}
     train = next(iter(sets))
-    row_length = steps[1].batch.row_length if steps is not None else None
+    # Of prompts the responses are yet to be drawn: how they fill rows cannot be told.
+    row_length = steps[1].batch.row_length if steps is not None and kinds[train] != "prompt" else None
     report = Report(
         unit=unit,
         sets={
@@ -156,7 +157,7 @@ def _present(
             sets[train],
             batches,
             max_steps=config.train.max_steps,
-            row_length=batch.row_length,
+            row_length=row_length,
             micro_rows=batch.micro_rows,
         )
         report = dataclasses.replace(report, run=made)

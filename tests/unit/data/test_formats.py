@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.data.formats import FORMATS, Kind, detect, renamed, to_records
-from rlhf_pipeline.data.records import BadRow, Demonstration, Feedback, Message, Prompt, Ranking, Record, Text
+from rlhf_pipeline.data.records import BadRow, Demonstration, Feedback, Message, Opening, Prompt, Ranking, Record, Text
 from rlhf_pipeline.errors import UserError
 
 HH = {
@@ -368,6 +368,7 @@ GOOD: list[tuple[Kind, str, dict[str, Any], list[Record]]] = [
     ("prompt", "real_toxicity", {"prompt": {"text": "q", "toxicity": 0.1}, "continuation": {"text": "x"}}, [Prompt(Q)]),
     ("prompt", "prompt", {"prompt": "q", "ground_truth": "x"}, [Prompt(Q)]),
     ("prompt", "prompt", {"prompt": LONGER}, [Prompt(LONGER_PROMPT)]),
+    ("prompt", "opening", {"text": "Once upon", "prompt": "q"}, [Opening("Once upon")]),
 ]
 
 

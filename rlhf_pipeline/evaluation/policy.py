@@ -1,0 +1,149 @@
+"""What a policy is worth on held-out prompts while PPO trains it: scores, KL, and how often it beats the reference.
+
+One answer to each prompt, at the temperature of the rollouts and with the same random numbers at every evaluation, so that
+two evaluations differ by what was learned in between. How answers and log-probabilities are computed comes in from
+outside; results are the same on every rank.
+
+Shapes: R responses, one to each prompt; L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.config.schema import EvaluationConfig
+from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.evaluation.intervals import cluster_means
+from rlhf_pipeline.functional import kl
+from rlhf_pipeline.generation.prompts import Asked
+from rlhf_pipeline.rollout import Rollout, episodes
+from rlhf_pipeline.scoring import sources as scoring
+from rlhf_pipeline.scoring.sources import Source
+from rlhf_pipeline.tracking import Tracker
+
+Answer = Callable[[Sequence[Asked], int], Rollout]  # one response a prompt, by a seed
+LogProbs = Callable[[list[Tree]], Tensor]  # of every response token, [R, L]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How one answers and rates answers. Every rank calls both, with the same arguments."""
+
+    answer: Answer
+    logprobs: LogProbs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    rollout: Rollout
+    scores: dict[str, np.ndarray]  # by scorer, float64 [R]
+    total: np.ndarray  # float64 [R], weighed and added
+
+
+class HeldOutPrompts:
+    """A fixed set of held-out prompts. The reference answers them once, at the first evaluation."""
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        config: EvaluationConfig,
+        *,
+        policy: Policy,
+        reference: Policy,
+        sources: Mapping[str, Source],
+        seed: int,
+    ) -> None:
+        self.asked = list(asked)[: config.examples]
+        self.samples = config.samples
+        self.policy = policy
+        self.reference = reference
+        self.sources = sources
+        self.seed = seed
+        self._reference: _Scored | None = None
+
+    def evaluate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        """Figures of the policy as it is; the first `evaluation.samples` answers go to the tracker. Called by every rank.
+
+        Raises:
+            UserError: on every rank, when answers cannot be drawn or scored.
+        """
+        if self._reference is None:
+            self._reference = self._answered(self.reference)
+        mine, theirs = self._answered(self.policy), self._reference
+        logprobs = self.policy.logprobs(mine.rollout.trees)
+        reference = self.reference.logprobs(mine.rollout.trees)
+        tracker.samples(step, self._shown(mine, theirs))
+        return measure(
+            mine.scores,
+            mine.total,
+            theirs.total,
+            logprobs=logprobs,
+            reference=reference,
+            mask=mine.rollout.mask,
+            finished=mine.rollout.finished,
+            seed=self.seed,
+        )
+
+    def _answered(self, who: Policy) -> _Scored:
+        rollout = who.answer(self.asked, self.seed)
+        scores = scoring.score(self.sources, episodes(rollout))
+        return _Scored(rollout=rollout, scores=scores, total=scoring.total(scores, self.sources))
+
+    def _shown(self, mine: _Scored, theirs: _Scored) -> list[dict[str, str]]:
+        return [
+            {
+                "prompt": _text(self.asked[i]),
+                "response": mine.rollout.texts[i],
+                "score": f"{mine.total[i]:.4g}",
+                "reference": theirs.rollout.texts[i],
+                "reference_score": f"{theirs.total[i]:.4g}",
+            }
+            for i in range(min(self.samples, len(self.asked)))
+        ]
+
+
+def measure(
+    scores: Mapping[str, np.ndarray],
+    total: np.ndarray,
+    reference_total: np.ndarray,
+    *,
+    logprobs: Tensor,
+    reference: Tensor,
+    mask: Tensor,
+    finished: Tensor,
+    seed: int = 0,
+) -> dict[str, float]:
+    """The figures by name. The win rate has a 95 % interval by a seeded bootstrap over prompts; a tie counts half.
+
+    Args:
+        scores: by scorer, [R], before weights.
+        total, reference_total: [R], of the policy's and the reference's answers to the same prompts.
+        logprobs, reference: [R, L], of the policy's answers by both.
+        mask: bool [R, L].
+        finished: bool [R].
+    """
+    wins = np.where(total == reference_total, 0.5, total > reference_total)
+    (won,) = cluster_means(wins, np.arange(len(wins)), seed=seed)
+    divergence = torch.where(mask, kl.k1(logprobs.double(), reference.double()), 0.0).sum(1)
+    return {
+        "eval/score": float(total.mean()),
+        **{f"eval/score_{name}": float(one.mean()) for name, one in scores.items()},
+        "eval/kl": float(divergence.mean()),
+        "eval/win_rate": won.mean,
+        "eval/win_rate_low": won.low,
+        "eval/win_rate_high": won.high,
+        "eval/length": float(mask.sum(1).double().mean()),
+        "eval/ended": float(finished.double().mean()),
+    }
+
+
+def _text(asked: Asked) -> str:
+    """The one message of a prompt, or all with their roles."""
+    if len(asked.messages) == 1:
+        return asked.messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in asked.messages)
