@@ -17,6 +17,7 @@ TRAINING = {
     "pretrain": "Train a tokenizer and a base language model on text.",
     "sft": "Fine-tune a model on demonstrations.",
     "rm": "Train a reward model on rankings, K answers a prompt.",
+    "ppo": "Train a policy against reward models, programs or served scorers, with a KL penalty.",
 }
 STAGES = {
     **TRAINING,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any
 
+from rlhf_pipeline.config.check_ppo import check_ppo
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
     Architecture,
@@ -17,7 +16,6 @@ from rlhf_pipeline.config.schema import (
     LabConfig,
     ModelConfig,
     Offload,
-    OptimConfig,
     PromptsConfig,
     Quantise,
     RankingLoss,
@@ -29,6 +27,7 @@ from rlhf_pipeline.config.stages import (
     CommandConfig,
     EvaluateConfig,
     GenerateConfig,
+    PpoConfig,
     PrepConfig,
     PretrainConfig,
     RmConfig,
@@ -36,8 +35,7 @@ from rlhf_pipeline.config.stages import (
     SftConfig,
     StageConfig,
 )
-
-SOURCE_KEYS = ("path", "weight", "format", "split", "columns")
+from rlhf_pipeline.config.values import between, columns, finite, names, optimiser, positive, source
 
 # Keys of DeepSpeed's JSON that `engine.extra` may set; the engine owns the others (dtype, clipping, batch sizes,
 # optimiser), and an unknown key would be dropped by DeepSpeed without a word.
@@ -61,10 +59,16 @@ DEEPSPEED_KEYS = {
 
 def check(config: CommandConfig) -> list[str]:
     """Every problem of a composed config, one line each."""
-    sections = [_finite(config), _command(config)]
+    sections = [finite(config), _command(config)]
     match config:
         case StageConfig():
-            sections += [_model(config), _lora(config), _data(config.data), _optim(config.optim), _loop(config)]
+            sections += [
+                _model(config),
+                _lora(config),
+                _data(config.data),
+                optimiser("optim", config.optim),
+                _loop(config),
+            ]
             sections += [_engine(config), _stage(config)]
         case PrepConfig():
             sections += [_data(config.data)]
@@ -73,9 +77,9 @@ def check(config: CommandConfig) -> list[str]:
         case ChatConfig():
             sections += [_sampling(config.sampling)]
         case ScoreConfig():
-            sections += [_answers(config.data), _positive("batch_tokens", config.batch_tokens)]
+            sections += [_answers(config.data), positive("batch_tokens", config.batch_tokens)]
         case EvaluateConfig():
-            sections += [_evaluate(config), _positive("batch_tokens", config.batch_tokens)]
+            sections += [_evaluate(config), positive("batch_tokens", config.batch_tokens)]
     if isinstance(config, GenerateConfig | ChatConfig | ScoreConfig) and config.model.path is None:
         sections.append(iter(["model.path: has no value; add model.path=<an artifact, a folder or a hub id>"]))
     return [problem for section in sections for problem in section]
@@ -88,16 +92,6 @@ def _command(config: CommandConfig) -> Iterator[str]:
         yield f"name={config.name!r}: a run's name is a folder name, without a slash and not starting with a dot"
 
 
-def _finite(section: Any, prefix: str = "") -> Iterator[str]:
-    """nan and inf pass for numbers, and nan for any comparison."""
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _finite(value, f"{prefix}{f.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{f.name}={value}: must be a finite number"
-
-
 def _model(config: StageConfig) -> Iterator[str]:
     model: ModelConfig = config.model
     shape = model.shape
@@ -106,13 +100,13 @@ def _model(config: StageConfig) -> Iterator[str]:
             "model: set exactly one of model.path (an artifact, a folder, a hub id) and model.shape "
             "(from scratch, for example model=7m)"
         )
-    yield from _between("model.dropout", model.dropout, 0, 1)
+    yield from between("model.dropout", model.dropout, 0, 1)
     if model.attention is Attention.block and model.dropout > 0:
         yield f"model.attention=block: has no dropout, and model.dropout={model.dropout}; use model.attention=dense"
     if shape is None:
         return
     for name in ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab_size", "context"):
-        yield from _positive(f"model.shape.{name}", getattr(shape, name))
+        yield from positive(f"model.shape.{name}", getattr(shape, name))
     if shape.heads > 0 and shape.hidden % shape.heads:
         yield f"model.shape.heads={shape.heads}: must divide model.shape.hidden={shape.hidden}"
     if shape.kv_heads > 0 and shape.heads % shape.kv_heads:
@@ -124,9 +118,9 @@ def _model(config: StageConfig) -> Iterator[str]:
 
 
 def _data(data: DataConfig) -> Iterator[str]:
-    yield from _source("data.train", data.train)
+    yield from source("data.train", data.train)
     if data.heldout is not None:
-        yield from _source("data.heldout", data.heldout)
+        yield from source("data.heldout", data.heldout)
     elif not 0 <= data.heldout_fraction < 1:
         yield f"data.heldout_fraction={data.heldout_fraction}: must be at least 0 and less than 1"
     if data.max_length < 2:
@@ -138,33 +132,33 @@ def _data(data: DataConfig) -> Iterator[str]:
         )
     for name in ("max_examples", "workers"):
         if getattr(data, name) is not None:
-            yield from _positive(f"data.{name}", getattr(data, name))
+            yield from positive(f"data.{name}", getattr(data, name))
     if data.streaming and data.max_examples is None:
         yield "data.streaming: how many rows to take? Set data.max_examples"
     if data.templates is not None and (data.format != "auto" or data.columns):
         yield "data.templates: names the fields itself; leave out data.format and data.columns"
-    yield from _columns("data.columns", data.columns)
+    yield from columns("data.columns", data.columns)
     yield from _lab("data.lab", data.lab)
 
 
 def _prompts(prompts: PromptsConfig) -> Iterator[str]:
     if prompts.path != "-":
-        yield from _source("prompts.path", prompts.path)
-    yield from _positive("prompts.max_prompt_length", prompts.max_prompt_length)
+        yield from source("prompts.path", prompts.path)
+    yield from positive("prompts.max_prompt_length", prompts.max_prompt_length)
     if prompts.max_examples is not None:
-        yield from _positive("prompts.max_examples", prompts.max_examples)
-    yield from _columns("prompts.columns", prompts.columns)
+        yield from positive("prompts.max_examples", prompts.max_examples)
+    yield from columns("prompts.columns", prompts.columns)
     yield from _lab("prompts.lab", prompts.lab)
 
 
 def _answers(answers: AnswersConfig) -> Iterator[str]:
     if answers.path != "-":
-        yield from _source("data.path", answers.path)
+        yield from source("data.path", answers.path)
     if answers.max_length < 2:
         yield f"data.max_length={answers.max_length}: a prompt token and an answer's token need 2"
     if answers.max_examples is not None:
-        yield from _positive("data.max_examples", answers.max_examples)
-    yield from _columns("data.columns", answers.columns)
+        yield from positive("data.max_examples", answers.max_examples)
+    yield from columns("data.columns", answers.columns)
     yield from _lab("data.lab", answers.lab)
 
 
@@ -172,11 +166,11 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
     for name in ("temperature", "top_k", "min_new_tokens"):
         if getattr(sampling, name) < 0:
             yield f"sampling.{name}={getattr(sampling, name)}: must not be negative"
-    yield from _positive("sampling.top_p", sampling.top_p)
-    yield from _between("sampling.top_p", sampling.top_p, 0, 1)
-    yield from _between("sampling.min_p", sampling.min_p, 0, 1)
+    yield from positive("sampling.top_p", sampling.top_p)
+    yield from between("sampling.top_p", sampling.top_p, 0, 1)
+    yield from between("sampling.min_p", sampling.min_p, 0, 1)
     for name in ("repetition_penalty", "max_new_tokens", "samples", "batch_tokens"):
-        yield from _positive(f"sampling.{name}", getattr(sampling, name))
+        yield from positive(f"sampling.{name}", getattr(sampling, name))
     if sampling.min_new_tokens > sampling.max_new_tokens:
         yield (
             f"sampling.min_new_tokens={sampling.min_new_tokens}: more than "
@@ -187,7 +181,7 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
 
 
 def _evaluate(config: EvaluateConfig) -> Iterator[str]:
-    if not _names(config.systems):
+    if not names(config.systems):
         yield f"systems={config.systems}: name what to compare, as in 'systems={{base:<model>,sft:<model>}}'"
     for name in config.systems if isinstance(config.systems, dict) else []:
         if "/" in str(name) or str(name).startswith("."):
@@ -208,58 +202,7 @@ def _evaluate(config: EvaluateConfig) -> Iterator[str]:
 def _lab(key: str, lab: LabConfig) -> Iterator[str]:
     for f in dataclasses.fields(lab):
         if f.name != "seed":
-            yield from _positive(f"{key}.{f.name}", getattr(lab, f.name))
-
-
-def _columns(key: str, columns: Any) -> Iterator[str]:
-    if columns is not None and not _names(columns):
-        yield f"{key}={columns}: must map fields of ours to columns of yours, as in {{prompt: question}}"
-
-
-def _names(value: Any) -> bool:
-    """Whether it is a mapping from names to names that is not empty."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, str) and v for kv in value.items() for v in kv)
-
-
-def _source(key: str, value: Any) -> Iterator[str]:
-    if value is None:
-        yield f"{key}: has no value; add {key}=..."
-        return
-    entries = value if isinstance(value, list) else [value]
-    if not entries:
-        yield f"{key}=[]: names nothing; add a path, a glob, a folder or a hub id"
-    for entry in entries:
-        yield from _entry(key, entry)
-
-
-def _entry(key: str, entry: Any) -> Iterator[str]:
-    """One source: its path, or a mapping that weighs it or says more about it."""
-    if isinstance(entry, str) and entry:
-        return
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        yield f"{key}={entry!r}: must be a path, a glob, a folder, a hub id, {{path: ..., weight: ...}}, or a list of them"
-        return
-    for name in entry.keys() - SOURCE_KEYS:
-        yield f"{key}: {name!r} says nothing about {entry['path']}; known are {', '.join(SOURCE_KEYS)}"
-    weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        yield f"{key}: weight={weight!r} of {entry['path']}: must be a number above 0 (2: twice an epoch, 0.5: half of it)"
-
-
-def _optim(optim: OptimConfig) -> Iterator[str]:
-    yield from _positive("optim.lr", optim.lr)
-    yield from _positive("optim.eps", optim.eps)
-    if len(optim.betas) != 2:
-        yield f"optim.betas={optim.betas}: Adam has two"
-    for i, beta in enumerate(optim.betas):
-        if not 0 <= beta < 1:
-            yield f"optim.betas[{i}]={beta}: must be at least 0 and less than 1"
-    yield from _between("optim.final_lr_fraction", optim.final_lr_fraction, 0, 1)
-    yield from _between("optim.warmup_fraction", optim.warmup_fraction, 0, 1)
-    yield from _between("optim.warmup_start_fraction", optim.warmup_start_fraction, 0, 1)
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-        if getattr(optim, name) < 0:
-            yield f"optim.{name}={getattr(optim, name)}: must not be negative"
+            yield from positive(f"{key}.{f.name}", getattr(lab, f.name))
 
 
 def _loop(config: StageConfig) -> Iterator[str]:
@@ -283,7 +226,7 @@ def _loop(config: StageConfig) -> Iterator[str]:
         "runtime.rank_timeout_minutes": config.runtime.rank_timeout_minutes,
     }.items():
         if value is not None:
-            yield from _positive(key, value)
+            yield from positive(key, value)
     if batch.row_length < 2:
         yield f"batch.row_length={batch.row_length}: must be at least 2"
     for name in ("every", "samples", "temperature"):
@@ -295,9 +238,9 @@ def _lora(config: StageConfig) -> Iterator[str]:
     lora = config.lora
     if lora is None:
         return
-    yield from _positive("lora.rank", lora.rank)
-    yield from _positive("lora.alpha", lora.alpha)
-    yield from _between("lora.dropout", lora.dropout, 0, 1)
+    yield from positive("lora.rank", lora.rank)
+    yield from positive("lora.alpha", lora.alpha)
+    yield from between("lora.dropout", lora.dropout, 0, 1)
     named = isinstance(lora.targets, list) and lora.targets and all(isinstance(one, str) for one in lora.targets)
     if not named and not (isinstance(lora.targets, str) and lora.targets):
         yield f"lora.targets={lora.targets!r}: must be all-linear, a name of layers, or a list of names"
@@ -328,15 +271,17 @@ def _stage(config: StageConfig) -> Iterator[str]:
     if isinstance(config, PretrainConfig) and config.model.path is not None and config.tokenizer.path is not None:
         yield "tokenizer.path: model.path brings its own tokenizer; leave one of them out"
     from_scratch = config.model.path is None and config.model.shape is not None
-    if isinstance(config, SftConfig | RmConfig) and from_scratch and config.tokenizer.path is None:
+    if isinstance(config, SftConfig | RmConfig | PpoConfig) and from_scratch and config.tokenizer.path is None:
         yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
     if isinstance(config, RmConfig):
         yield from _ranking(config)
+    if isinstance(config, PpoConfig):
+        yield from check_ppo(config)
     if isinstance(config, SftConfig):
         if not 0 <= config.mix.ratio < 1:
             yield f"mix.ratio={config.mix.ratio}: must be at least 0 and less than 1"
         if config.mix.ratio > 0 or config.mix.train is not None:
-            yield from _source("mix.train", config.mix.train)
+            yield from source("mix.train", config.mix.train)
         if config.mix.train is not None and config.mix.ratio == 0:
             yield "mix.ratio=0.0: leaves mix.train out; give the share of the examples that it is to have"
 
@@ -360,15 +305,5 @@ def _ranking(config: RmConfig) -> Iterator[str]:
     if config.evaluation.samples:
         yield f"evaluation.samples={config.evaluation.samples}: a reward model writes no answers; set it to 0"
     if normalise.train is not None:
-        yield from _source("normalise.train", normalise.train)
-    yield from _positive("normalise.examples", normalise.examples)
-
-
-def _positive(key: str, value: float) -> Iterator[str]:
-    if not value > 0:
-        yield f"{key}={value}: must be more than 0"
-
-
-def _between(key: str, value: float, low: float, high: float) -> Iterator[str]:
-    if not low <= value <= high:
-        yield f"{key}={value}: must be between {low} and {high}"
+        yield from source("normalise.train", normalise.train)
+    yield from positive("normalise.examples", normalise.examples)

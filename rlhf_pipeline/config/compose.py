@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -29,7 +29,8 @@ from rlhf_pipeline.config.explain import (
     nearest,
     no_such_key,
 )
-from rlhf_pipeline.config.stages import STAGES
+from rlhf_pipeline.config.ppo import ScorerConfig
+from rlhf_pipeline.config.stages import STAGES, PpoConfig
 from rlhf_pipeline.errors import UserError
 
 
@@ -58,7 +59,10 @@ def examine(
         return None, problems
     if missing := sorted(OmegaConf.missing_keys(node)):
         return None, [*problems, *(f"{key}: has no value; add {key}=..." for key in missing)]
-    config = to_object(node)
+    try:
+        config = to_object(node)
+    except UserError as error:
+        return None, [*problems, *str(error).split("\n")]
     parts = {key_of(override) for override in refused}
     if "experiment" not in parts:
         problems += [line for line in check(config) if re.split(r"[.=:\[]", line)[0] not in parts]
@@ -110,11 +114,42 @@ def refuse(stage: str, problems: list[str]) -> None:
 
 
 def to_object(node: DictConfig) -> Any:
-    """Real dataclasses from a composed node."""
+    """Real dataclasses from a composed node.
+
+    Raises:
+        UserError: with a line for each value that is none of its type.
+    """
     try:
-        return OmegaConf.to_object(node)
+        config: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {first_line(error)}") from None
+    if isinstance(config, PpoConfig):
+        config.rewards = _scorers(config.rewards)
+    return config
+
+
+def _scorers(given: Any) -> dict[str, ScorerConfig]:
+    """The scorers of `rewards` with their types and defaults."""
+    if not isinstance(given, dict):
+        raise UserError(
+            f"rewards={given}: must map names of yours to scorers, as in {{helpful: {{model: {{path: ...}}}}}}"
+        )
+    found: dict[str, ScorerConfig] = {}
+    problems = []
+    for name, values in given.items():
+        if not isinstance(values, dict):
+            problems.append(
+                f"rewards.{name}={values}: must be a mapping: model, program or url, and what else it takes"
+            )
+            continue
+        try:
+            typed = OmegaConf.merge(OmegaConf.structured(ScorerConfig), values)
+            found[str(name)] = cast(ScorerConfig, OmegaConf.to_object(typed))
+        except OmegaConfBaseException as error:
+            problems.append(f"rewards.{name}.{error.full_key}: {first_line(error)}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
 
 
 def _one_by_one(

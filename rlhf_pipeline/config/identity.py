@@ -29,6 +29,9 @@ def identity(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             found.update({f"{f.name}.{key}": item for key, item in identity(value).items()})
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            for name, member in value.items():
+                found.update({f"{f.name}.{name}.{key}": item for key, item in identity(member).items()})
         else:
             found[f.name] = plain(value)
     return found

@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_pipeline.config.ppo import (
+    AdvantageConfig,
+    EmaConfig,
+    HealthConfig,
+    KlConfig,
+    PolicyLossConfig,
+    PtxConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    ValueConfig,
+)
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
     BatchConfig,
@@ -80,6 +91,27 @@ class RmConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class PpoConfig(StageConfig):
+    """`rlhf ppo`: a policy against scorers, with a KL penalty. `data` names prompts; `train` counts iterations as steps.
+
+    An iteration draws `rollout.episodes` responses and makes updates of `batch.examples` of them.
+    """
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    # {name: ScorerConfig}, by names of one's own. Not typed so to OmegaConf, which takes no typed mapping apart on the
+    # command line; `compose` makes them what they are.
+    rewards: Any = field(default_factory=dict)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    health: HealthConfig = operational(factory=HealthConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class PrepConfig(CommandConfig):
     """`rlhf prep`: what a data set holds, before any training. `rlhf prep <stage>` takes that stage's config instead."""
 
@@ -147,6 +179,7 @@ STAGES: dict[str, type[CommandConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
     "rm": RmConfig,
+    "ppo": PpoConfig,
     "prep": PrepConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,

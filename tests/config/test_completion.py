@@ -21,7 +21,7 @@ ENGINES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     [
         (
             ["rlhf", ""],
-            ["pretrain", "sft", "rm", "prep", "generate", "chat", "score", "evaluate", "launch", "version"],
+            ["pretrain", "sft", "rm", "ppo", "prep", "generate", "chat", "score", "evaluate", "launch", "version"],
         ),
         (["rlhf", "prep", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sf"], ["sft"]),

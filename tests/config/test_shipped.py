@@ -36,6 +36,16 @@ def users_part(stage: str, overrides: list[str]) -> list[str]:
         part.append("systems={base: some_model}")
     if "mix" in node and node.mix.ratio > 0 and node.mix.train is None:
         part.append("mix.train=some_text")
+    if "ptx" in node and node.ptx.coefficient > 0 and node.ptx.train is None:
+        part.append("ptx.train=some_text")
+    if "rewards" in node:
+        models = {name: one.get("model") for name, one in node.rewards.items()} or {"rm": {}}
+        added = "" if node.rewards else "+"
+        part += [
+            f"{added}rewards.{name}.model.path=m"
+            for name, one in models.items()
+            if one is not None and not one.get("path")
+        ]
     return part
 
 

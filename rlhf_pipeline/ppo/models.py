@@ -1,0 +1,176 @@
+"""The models of PPO: the policy and the value model that are trained, and the frozen reference.
+
+The reference is the model that the run starts from, or another one; with adapters it is the policy's own weights with
+the adapters off, and takes no memory. Scorers are opened by `scoring.sources`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.config.ppo import Estimator, ValueInit
+from rlhf_pipeline.config.schema import ReadyModelConfig
+from rlhf_pipeline.config.stages import PpoConfig
+from rlhf_pipeline.data.tokenizer import open_tokenizer
+from rlhf_pipeline.engine import Engine, deepspeed_json
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.implicit import check_same_words
+from rlhf_pipeline.generation.load import open_model
+from rlhf_pipeline.models.load import best_attention, load_critic, load_policy
+from rlhf_pipeline.models.lora import adapters_off
+from rlhf_pipeline.models.self_check import self_check
+from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
+
+
+def logprobs_of(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Of a policy's output, which has entropies beside them where there is a bonus for those."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Reference:
+    """The frozen policy: its log-probabilities of a micro-batch, at the policy's temperature."""
+
+    def __init__(self, model: TreeModel | None, policy: Engine, *, device: torch.device, offload: bool) -> None:
+        """`model: None` takes the policy without its adapters."""
+        self.model, self.policy = model, policy
+        self.device, self.offload = device, offload
+        if model is not None and offload:
+            model.to("cpu")
+
+    @contextmanager
+    def ready(self) -> Iterator[Any]:
+        """Within it, what gives log-probabilities fp32 [N] of a TreeBatch, without gradient."""
+        with torch.no_grad():
+            if self.model is None:
+                with adapters_off(self.policy.module):
+                    yield lambda batch: logprobs_of(self.policy(batch))
+                return
+            if self.offload:
+                self.model.to(self.device)
+            try:
+                yield self.model
+            finally:
+                if self.offload:
+                    self.model.to("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What is trained, and what it is held to."""
+
+    policy: TreeModel
+    policy_engine: Engine
+    reference: Reference
+    value_engine: Engine | None  # of a TreeCritic; None where the advantages need no values
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """By the names that resume states have them under."""
+        value = {} if self.value_engine is None else {"value": self.value_engine}
+        return {"policy": self.policy_engine, **value}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off within it, and no gradient."""
+        for engine in self.engines.values():
+            engine.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for engine in self.engines.values():
+                engine.train()
+
+    def logprobs(self, batch: TreeBatch) -> Tensor:
+        """Of the policy, fp32 [N]."""
+        return logprobs_of(self.policy_engine(batch))
+
+    def values(self, batch: TreeBatch) -> Tensor:
+        """fp32 [N]."""
+        assert self.value_engine is not None
+        values: Tensor = self.value_engine(batch)
+        return values
+
+
+def open_models(config: PpoConfig, tokenizer: Any, device: torch.device) -> Models:
+    """Open, check and wrap them. Called by every rank.
+
+    Raises:
+        UserError: for a model that cannot be opened, or reads other tokens than the policy's.
+    """
+    policy, engine = _policy(config, tokenizer, device)
+    return Models(
+        policy=policy,
+        policy_engine=engine,
+        reference=_reference(config, tokenizer, engine, device),
+        value_engine=_value(config, tokenizer, device) if config.advantage.estimator is Estimator.gae else None,
+    )
+
+
+def _policy(config: PpoConfig, tokenizer: Any, device: torch.device) -> tuple[TreeModel, Engine]:
+    json = deepspeed_json(config.engine, dtype=config.model.dtype, max_grad_norm=config.optim.max_grad_norm)
+    policy = load_policy(
+        config.model, lora=config.lora, tokenizer=tokenizer, seed=config.seed, device=device, deepspeed_config=json
+    )
+    engine = Engine(policy, engine=config.engine, optim=config.optim, dtype=config.model.dtype, device=device)
+    self_check(policy, device)
+    policy.temperature = config.rollout.temperature
+    policy.gives_entropy = config.policy.entropy > 0
+    return policy, engine
+
+
+def _reference(config: PpoConfig, tokenizer: Any, policy: Engine, device: torch.device) -> Reference:
+    path = config.reference.path
+    if path is None and config.lora is not None:
+        return Reference(None, policy, device=device, offload=False)
+    if path is not None:
+        try:
+            check_same_words(tokenizer, path, config.tokenizer)
+        except UserError as error:
+            raise UserError(f"reference.path={path}: {error}") from error
+    model = ReadyModelConfig(
+        path=path or config.model.path,
+        dtype=config.model.dtype,
+        revision=None if path else config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    inner = open_model(model, tokenizer, str(device)).requires_grad_(False)
+    reference = TreeModel(inner).eval()
+    reference.use_attention(best_attention(config.model.attention, reference, device, dropout=0.0))
+    self_check(reference, device)
+    reference.temperature = config.rollout.temperature
+    return Reference(reference, policy, device=device, offload=config.reference.offload)
+
+
+def _value(config: PpoConfig, tokenizer: Any, device: torch.device) -> Engine:
+    start = config.model
+    if config.value.init is ValueInit.reward_model:
+        scorer = next(one.model for one in config.rewards.values() if one.model is not None)
+        assert scorer.path is not None
+        _check_reads_the_same(scorer.path, tokenizer, config)
+        start = dataclasses.replace(start, path=scorer.path, revision=scorer.revision)
+    json = deepspeed_json(config.engine, dtype=start.dtype, max_grad_norm=config.value.optim.max_grad_norm)
+    critic = load_critic(
+        start, lora=config.lora, tokenizer=tokenizer, seed=config.seed, device=device, deepspeed_config=json
+    )
+    engine = Engine(critic, engine=config.engine, optim=config.value.optim, dtype=start.dtype, device=device)
+    self_check(critic, device)
+    return engine
+
+
+def _check_reads_the_same(path: str, tokenizer: Any, config: PpoConfig) -> None:
+    """A value model reads the policy's tokens. A reward model may know one more: the padding that it was given."""
+    theirs = open_tokenizer(path, dataclasses.replace(config.tokenizer, path=None)).get_vocab()
+    other = next((token for token, number in tokenizer.get_vocab().items() if theirs.get(token) != number), None)
+    if other is not None:
+        raise UserError(
+            f"value.init=reward_model: {path} has another tokenizer than the policy ({other!r} is no token of it, or has "
+            "another number), and a value model reads the policy's tokens; use value.init=policy"
+        )
