@@ -2,7 +2,8 @@
 
 A row of 2,048 tokens that holds fifteen trees has 4 M query-key pairs, of which some 5 % are allowed. A dense mask
 computes them all; here every prompt with its first response is one causal attention, and every further response one
-over its prompt and itself. A GPU has block masks for this.
+over its prompt and itself: long ones one by one, short ones in batches (`segment_batches`). A GPU has block masks for
+this.
 
 transformers hands keyword arguments of a forward on to its attention functions; the paths travel that way. A model
 that does not hand them on fails the self-check and gets the dense mask.
@@ -11,6 +12,8 @@ that does not hand them on fails the self-check and gets the dense mask.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,8 +21,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_pipeline.data.packing import Segment
+from rlhf_pipeline.models.segment_batches import attend, plan_batches, prompt_before
 
 NAME = "rlhf_paths"
+# Up to this many query-key pairs a segment is short: in a batch with others it is faster than by itself, where there are
+# MANY of them (docs/benchmarks.md). Less is short to the fused kernel, which does not keep what it computes in between.
+SHORT = 2048
+SHORT_MATRIX = 8192
+MANY = 16
 # Up to this many queries, bf16 attention is plain matrix products: without AMX, the fused CPU kernel is three times
 # slower from 64 to 512 tokens (docs/benchmarks.md). Beyond, its memory counts.
 LONGEST_MATRIX = 1024
@@ -56,27 +65,64 @@ def path_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
-    rows, _, width, _ = query.shape
+    rows, heads, width, _ = query.shape
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    short, long = _short_and_long(tree_segments, SHORT_MATRIX if query.dtype == torch.bfloat16 else SHORT, MANY)
+    out = _one_by_one(query, key, value, tree_segments, long, scale=scale, dropout=dropout) if long else None
+    if short:
+        plan = plan_batches(tree_segments, short, query.dtype, query.device)
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+        out = attend(q, k, v, plan, others=out, scale=scale, dropout=dropout)
+    assert out is not None
+    return out.view(rows, width, heads, -1), None
+
+
+@lru_cache(maxsize=2)  # every layer of a forward pass asks for the same
+def _short_and_long(segments: tuple[Segment, ...], limit: int, many: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of the segments that are computed in batches, and of those one by one."""
+    pairs = [segment.length * (segment.length + prompt_before(segment)) for segment in segments]
+    short = tuple(i for i, size in enumerate(pairs) if size <= limit)
+    if len(short) < many:
+        return (), tuple(range(len(segments)))
+    return short, tuple(i for i, size in enumerate(pairs) if size > limit)
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Segment, ...],
+    chosen: tuple[int, ...],
+    *,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """As `path_attention`, for the tokens of the `chosen` segments alone: [n, heads, D]."""
     groups = query.shape[1] // key.shape[1]
     flat = _flat(query), _repeated(_flat(key), groups), _repeated(_flat(value), groups)
-    longest = max(segment.length for segment in tree_segments)
+    longest = max(segments[i].length for i in chosen)
     if query.dtype == torch.bfloat16 and longest <= LONGEST_MATRIX and not dropout:
-        out = _MatrixAttention.apply(*flat, tree_segments, scale)
-    else:
-        out = _fused(*flat, tree_segments, scale=scale, dropout=dropout)
-    return out.view(rows, width, *out.shape[1:]), None
+        out: Tensor = _MatrixAttention.apply(*flat, segments, chosen, scale)
+        return out
+    return _fused(*flat, segments, chosen, scale=scale, dropout=dropout)
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], *, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Segment, ...],
+    chosen: tuple[int, ...],
+    *,
+    scale: float,
+    dropout: float,
 ) -> Tensor:
-    """[heads, T, D] each -> [T, heads, D], by torch's own kernel."""
+    """[heads, T, D] each -> [n, heads, D], by torch's own kernel."""
     sizes = [segment.length for segment in segments]
     queries, keys, values = (t.split(sizes, dim=1) for t in (query, key, value))
     outputs = []
-    for q, k, v, segment in zip(queries, keys, values, segments, strict=True):
-        mask = None
+    for i in chosen:
+        segment, q, k, v, mask = segments[i], queries[i], keys[i], values[i], None
         if segment.trunk is not None:
             k = torch.cat([keys[segment.trunk][:, : segment.prompt_length], k], dim=1)
             v = torch.cat([values[segment.trunk][:, : segment.prompt_length], v], dim=1)
@@ -89,53 +135,58 @@ def _fused(
 
 
 class _MatrixAttention(torch.autograd.Function):
-    """The same by plain matrix products, [heads, T, D] each -> [T, heads, D]; keeps the probabilities of each path."""
+    """The same by plain matrix products, [heads, T, D] each -> [n, heads, D]; keeps the probabilities of each path."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[Segment, ...],
+        chosen: tuple[int, ...],
+        scale: float,
     ) -> Tensor:
-        out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
-        kept = []
-        for segment, here, seen in _places(segments):
+        outputs, kept = [], []
+        for segment, here, seen in _places(segments, chosen):
             k, v = _rows(key, seen), _rows(value, seen)
             scores = torch.baddbmm(_causal(segment, query), query[:, here], k.transpose(1, 2), alpha=scale)
             probabilities = scores.softmax(-1)
-            out[here] = torch.bmm(probabilities, v).transpose(0, 1)
+            outputs.append(torch.bmm(probabilities, v).transpose(0, 1))
             kept.append(probabilities)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.segments, ctx.scale = segments, scale
-        return out
+        ctx.segments, ctx.chosen, ctx.scale = segments, chosen, scale
+        return torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].transpose(0, 1)  # [heads, T, D]
         query, key, value, *kept = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (_, here, seen), probabilities in zip(_places(ctx.segments), kept, strict=True):
-            k, v, g = _rows(key, seen), _rows(value, seen), grad[:, here]
+        parts = (
+            grads[0].transpose(0, 1).split([ctx.segments[i].length for i in ctx.chosen], dim=1)
+        )  # [heads, R, D] each
+        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (_, here, seen), probabilities, g in zip(_places(ctx.segments, ctx.chosen), kept, parts, strict=True):
+            k, v = _rows(key, seen), _rows(value, seen)
             grad_scores = torch._softmax_backward_data(
                 torch.bmm(g, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
             ).mul_(ctx.scale)
             grad_query[:, here] = torch.bmm(grad_scores, k)
             _add_rows(grad_key, seen, torch.bmm(grad_scores.transpose(1, 2), query[:, here]))
             _add_rows(grad_value, seen, torch.bmm(probabilities.transpose(1, 2), g))
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, None, None, None
 
 
-def _places(segments: tuple[Segment, ...]) -> Iterator[tuple[Segment, slice, list[slice]]]:
-    """For each segment: where its queries are, and the places of the keys that they see."""
-    starts: list[int] = []
-    start = 0
-    for segment in segments:
-        starts.append(start)
-        here = slice(start, start + segment.length)
+def _places(segments: tuple[Segment, ...], chosen: tuple[int, ...]) -> Iterator[tuple[Segment, slice, list[slice]]]:
+    """For each of the `chosen`: where its queries are, and the places of the keys that they see."""
+    starts = list(accumulate((segment.length for segment in segments), initial=0))
+    for i in chosen:
+        segment = segments[i]
+        here = slice(starts[i], starts[i + 1])
         if segment.trunk is None:
             yield segment, here, [here]
         else:
             prompt = starts[segment.trunk]
             yield segment, here, [slice(prompt, prompt + segment.prompt_length), here]
-        start += segment.length
 
 
 def _rows(tensor: Tensor, places: list[slice]) -> Tensor:
@@ -163,7 +214,7 @@ def _repeated(tensor: Tensor, groups: int) -> Tensor:
 
 def _causal(segment: Segment, like: Tensor) -> Tensor:
     """[R, P + R] additive mask: all of the prompt, and of the response what came before."""
-    before = segment.prompt_length if segment.trunk is not None else 0
+    before = prompt_before(segment)
     mask = torch.zeros(segment.length, before + segment.length, dtype=like.dtype, device=like.device)
     blocked = torch.ones(mask.shape, dtype=torch.bool, device=like.device).triu_(before + 1)
     return mask.masked_fill_(blocked, torch.finfo(like.dtype).min)

@@ -445,6 +445,7 @@ def test_the_kinds_of_layers(
     assert attention_kinds(tiny_model(family, **config).config) == kinds
 
 
+@pytest.mark.parametrize("short", [0, 20, 8192])
 @pytest.mark.parametrize("longest_matrix", [0, 3, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
@@ -452,12 +453,17 @@ def test_path_attention_by_itself(
     dtype: torch.dtype,
     key_heads: int,
     longest_matrix: int,
+    short: int,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[list[Tree]],
     assert_close: Callable[..., None],
 ) -> None:
-    """Against soft-max with the dense mask, written out in float64; bf16 takes matrix products up to a length."""
+    """Against soft-max with the dense mask, written out in float64; bf16 takes matrix products up to a length. No segment is
+    short, some, all."""
     monkeypatch.setattr(paths_module, "LONGEST_MATRIX", longest_matrix)
+    monkeypatch.setattr(paths_module, "MANY", 1)
+    monkeypatch.setattr(paths_module, "SHORT", short)
+    monkeypatch.setattr(paths_module, "SHORT_MATRIX", short)
     batch = packed_batch(rows)
     generator = torch.Generator().manual_seed(0)
     shape = (3, 4, 40, 8)
