@@ -5,6 +5,7 @@ One model is in memory at a time. `preferences` compares the numbers with what p
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rlhf_pipeline.artifact import Kind
 from rlhf_pipeline.config.schema import ReadyModelConfig
 from rlhf_pipeline.config.stages import EvaluateConfig
 from rlhf_pipeline.data.lab.judge import judge
-from rlhf_pipeline.data.lab.labelers import LABELERS
+from rlhf_pipeline.data.lab.labelers import LABELERS, Labeler
 from rlhf_pipeline.data.lab_files import PREFIX
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
@@ -36,6 +37,7 @@ from rlhf_pipeline.scoring.answers import Answered, Unusable, settle
 from rlhf_pipeline.scoring.rewards import Encoded, Tick, encode, encode_rows, open_scorer, score
 
 GOLD = "gold"
+ANYONE = "anyone"  # one of the labelers, drawn for each row, as the lab's own rankings are made
 KEY = "evaluate"  # of the labelers' noise: another one than that with which they rated the lab's own rankings
 _LABELERS = {labeler.name: labeler for labeler in LABELERS}
 
@@ -83,7 +85,7 @@ def sort_of(path: str) -> Sort:
         UserError: for an unknown name of the lab, and for what `artifact.load` refuses.
     """
     if path.startswith(PREFIX):
-        known = [GOLD, *_LABELERS]
+        known = [GOLD, ANYONE, *_LABELERS]
         if path.removeprefix(PREFIX) not in known:
             raise UserError(f"the lab has no such labeler; there are {', '.join(PREFIX + name for name in known)}")
         return Sort.lab
@@ -141,8 +143,9 @@ class Rating:
                 )
                 for row in self.rows
             }
-        labeler = _LABELERS[name]
-        return {row.index: np.array(labeler.scores(row.prompt, row.responses, KEY), float) for row in self.rows}
+        return {
+            row.index: np.array(_labeler(name, row).scores(row.prompt, row.responses, KEY), float) for row in self.rows
+        }
 
     def _by_a_reward_model(self, rater: Rater) -> Rewards:
         model = open_scorer(ReadyModelConfig(path=rater.path), self.config.tokenizer, self.device)
@@ -200,6 +203,14 @@ class Rating:
                 f"data.max_length={self.config.data.max_length} and the model's context together with their longest answer"
             )
         return trees
+
+
+def _labeler(name: str, row: Answered) -> Labeler:
+    """By name; `anyone` is the same one for the same prompt, wherever its row stands."""
+    if name != ANYONE:
+        return _LABELERS[name]
+    asked = "|".join(message.content for message in row.prompt)
+    return random.Random(f"{ANYONE}|{KEY}|{asked}").choice(LABELERS)
 
 
 def _count(trees: Sequence[Tree]) -> int:

@@ -137,12 +137,21 @@ def test_neither_the_batch_nor_other_processes_matter(rlhf: Forks, folder: Path)
 
 def test_the_labs_people_and_its_judge(rlhf: Forks, folder: Path) -> None:
     sizes = ["data.path=lab:heldout_gold_rankings", "data.lab.heldout_gold_rankings=12"]
-    job = rlhf.run(folder, *RM, "name=lab", *sizes, "systems={gold:'lab:gold',even:'lab:even'}")
+    job = rlhf.run(folder, *RM, "name=lab", *sizes, "systems={gold:'lab:gold',even:'lab:even',anyone:'lab:anyone'}")
     results, lines = evaluated(folder, "lab")
+    drawn = set()
     even = next(labeler for labeler in LABELERS if labeler.name == "even")
     for row, line in zip(lab_rows("heldout_gold_rankings", count=12), lines, strict=True):
         assert line["rewards"]["gold"] == [judge(row["prompt"], answer).score for answer in row["responses"]]
         assert line["rewards"]["even"] == even.scores(row["prompt"], row["responses"], "evaluate")
+        by = [
+            who.name
+            for who in LABELERS
+            if line["rewards"]["anyone"] == who.scores(row["prompt"], row["responses"], "evaluate")
+        ]
+        assert by, "one labeler rates all answers of a row"
+        drawn |= set(by)
+    assert len(drawn) > 2, "another one for another row"
     assert results["systems"]["gold"]["overall"]["mean"] == 1.0, "the judge made these ranks"
     assert 0.5 < results["systems"]["even"]["overall"]["mean"] < 1.0
     assert set(results["systems"]["even"]["by_subset"]) == {line["subset"] for line in lines}
@@ -181,7 +190,7 @@ def test_rows_without_an_order(rlhf: Forks, folder: Path) -> None:
         (
             "{mine:'lab:nobody'}",
             [],
-            "systems.mine=lab:nobody: the lab has no such labeler; there are lab:gold, lab:even,",
+            "systems.mine=lab:nobody: the lab has no such labeler; there are lab:gold, lab:anyone, lab:even,",
         ),
         ("{mine:'lab:even'}", [], "systems.mine=lab:even: the lab's judge cannot judge the prompt 'The old cat?'"),
         ("{mine:./nowhere}", [], "systems.mine=./nowhere: there is no such folder"),
