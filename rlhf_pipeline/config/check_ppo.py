@@ -76,6 +76,8 @@ def _episodes(config: PpoConfig) -> Iterator[str]:
 
 
 def _scorers(rewards: dict[str, ScorerConfig]) -> Iterator[str]:
+    if rewards and not any(one.weight for one in rewards.values()):
+        yield "rewards: every weight is 0, which is for scorers that are only logged; one must count"
     if not rewards:
         yield "rewards: names no scorer; add +rewards.<name>.model.path=<an artifact of rlhf rm>, or .program, or .url"
     for name, one in rewards.items():
@@ -94,8 +96,6 @@ def _scorers(rewards: dict[str, ScorerConfig]) -> Iterator[str]:
             yield f"{key}.program={one.program}: must be module:function"
         if one.url is not None and urlsplit(one.url).scheme not in ("http", "https"):
             yield f"{key}.url: must begin with http:// or https://"
-        if one.weight == 0:
-            yield f"{key}.weight=0.0: takes no part; leave the scorer out"
         if one.max_length < 2:
             yield f"{key}.max_length={one.max_length}: a prompt token and a response token need 2"
         for field in ("batch_tokens", "batch", "timeout"):

@@ -75,7 +75,7 @@ class ScorerConfig:
     model: ReadyModelConfig | None = None  # a reward model
     program: str | None = None  # module:function, see docs/scorers.md
     url: str | None = None  # of an HTTP server, see docs/scorers.md
-    weight: float = 1.0
+    weight: float = 1.0  # 0: only logged
     normalised: bool = True  # of a model: by the shift and scale of its artifact
     max_length: int = 2048  # of a model: tokens of a prompt and a response
     batch_tokens: int = operational(8192)  # of a model: in one forward pass
