@@ -32,6 +32,12 @@ def plain_objective(
             costs = [torch.logsumexp(values[[i, *js]], 0) - values[i] for i, js in behind.items() if js]
         else:
             costs = [_cost(values, given, i, j, config, log_tie) for i, j in won]
+            if config.soft_labels:
+                costs += [
+                    _cost(values, given, i, j, config, log_tie)
+                    for i, j in pairs
+                    if (i, j) not in won and not math.isnan(given[i] - given[j])
+                ]
             if log_tie is not None:
                 costs += [-_outcomes(values[i] - values[j], log_tie)[2] for i, j in pairs if (i, j) not in won]
         if costs:
@@ -46,9 +52,12 @@ def plain_objective(
 def _cost(
     values: Tensor, given: Sequence[float], i: int, j: int, config: RankingConfig, log_tie: Tensor | None
 ) -> Tensor:
-    """Of answer i having won against j."""
+    """Of answer i having won against j; with soft labels, of two answers whose ranks may tie."""
     gap = values[i] - values[j]
     apart = given[i] - given[j]
+    if config.soft_labels and not math.isnan(apart):
+        chance = 1 / (1 + math.exp(-config.soft_labels * apart))
+        return torch.nn.functional.binary_cross_entropy_with_logits(gap, torch.full_like(gap, chance))
     if config.margin and not math.isnan(apart):
         gap = gap - config.margin * apart
     wrong = config.label_smoothing

@@ -290,6 +290,8 @@ def _ranking(config: RmConfig) -> Iterator[str]:
     objective, normalise = config.objective, config.normalise
     if objective.margin < 0:
         yield f"objective.margin={objective.margin}: must not be negative"
+    if objective.soft_labels < 0:
+        yield f"objective.soft_labels={objective.soft_labels}: must not be negative"
     if objective.centring < 0:
         yield f"objective.centring={objective.centring}: must not be negative"
     if not 0 <= objective.label_smoothing < 0.5:
@@ -299,9 +301,19 @@ def _ranking(config: RmConfig) -> Iterator[str]:
             "ties=model": objective.ties is Ties.model,
             f"margin={objective.margin}": objective.margin > 0,
             f"label_smoothing={objective.label_smoothing}": objective.label_smoothing > 0,
+            f"soft_labels={objective.soft_labels}": objective.soft_labels > 0,
         }.items():
             if is_set:
                 yield f"objective.{key}: is about pairs, and objective.loss=plackett_luce has none; use pairwise"
+    elif objective.soft_labels > 0:
+        soft = f"objective.soft_labels={objective.soft_labels}"
+        if objective.ties is Ties.model:
+            yield f"objective.ties=model: {soft} makes a tie a label of 1/2; leave one of them out"
+        if objective.margin > 0:
+            yield f"objective.margin={objective.margin}: {soft} uses the scores already; leave one of them out"
+        if objective.label_smoothing > 0:
+            smoothing = f"objective.label_smoothing={objective.label_smoothing}"
+            yield f"{smoothing}: {soft} takes no label for certain already; leave one of them out"
     if config.evaluation.samples:
         yield f"evaluation.samples={config.evaluation.samples}: a reward model writes no answers; set it to 0"
     if normalise.train is not None:

@@ -287,6 +287,7 @@ class RankingConfig:
     ties: Ties = Ties.drop
     margin: float = 0.0  # times the difference of the two scores (Llama 2); a row's own margin counts as that
     label_smoothing: float = 0.0
+    soft_labels: float = 0.0  # c of the label sigmoid(c * (score_i - score_j)) of every two answers; 0: labels of 1
     centring: float = 0.0  # weight of (r_w + r_l)^2 (Eisenstein et al. 2023)
 
 

@@ -6,6 +6,7 @@ element of the batch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rlhf_pipeline import artifact, runtime
 from rlhf_pipeline.artifact import Kind
-from rlhf_pipeline.config.schema import RankingConfig, RankingLoss, Ties
+from rlhf_pipeline.config.schema import Comparisons, RankingConfig, RankingLoss, Ties
 from rlhf_pipeline.config.stages import RmConfig
 from rlhf_pipeline.data import stage
 from rlhf_pipeline.data.contents import read_contents
@@ -34,6 +35,7 @@ from rlhf_pipeline.functional.losses.ranking import (
     num_prompts,
     pairwise_loss,
     plackett_luce_loss,
+    soft_label_loss,
 )
 from rlhf_pipeline.functional.terms import Term
 from rlhf_pipeline.models.load import TORCH_DTYPES, load_scorer
@@ -67,6 +69,8 @@ def main(config: RmConfig) -> None:
         data, heldout = stage.data_sets(config, renderer, progress=progress)
         demonstrations = stage.demonstrations_to_normalise(config, renderer, progress=progress)
     data["demonstrations"] = demonstrations
+    if config.objective.soft_labels:
+        check_scores(data["rankings"])
 
     # 3 The model under a scalar head
     runtime.join_process_group(process, timeout_minutes=config.runtime.rank_timeout_minutes)
@@ -81,8 +85,12 @@ def main(config: RmConfig) -> None:
     def terms(output: tuple[Tensor, Tensor | None], batch: TreeBatch) -> dict[str, Term]:
         return loss_terms(output, batch, config.objective)
 
+    def held_out_terms(output: tuple[Tensor, Tensor | None], batch: TreeBatch) -> dict[str, Term]:
+        # Held-out scores may be on another scale, as the lab's are; and so runs with and without compare.
+        return loss_terms(output, batch, dataclasses.replace(config.objective, soft_labels=0.0))
+
     def evaluate(step: int, tracker: Tracker) -> dict[str, float]:
-        metrics = held_out.evaluate(engine, terms, step, tracker)
+        metrics = held_out.evaluate(engine, held_out_terms, step, tracker)
         if not math.isfinite(metrics["eval/loss"]):  # the last update's work: no later step would notice
             raise UserError(f"step {step}: the held-out rewards are not finite; a lower optim.lr often helps")
         return metrics
@@ -110,9 +118,14 @@ def main(config: RmConfig) -> None:
 def loss_terms(output: tuple[Tensor, Tensor | None], batch: TreeBatch, objective: RankingConfig) -> dict[str, Term]:
     """The objective's terms, each a sum over prompts; and to be logged, accuracy and mean reward."""
     rewards, log_tie = output
-    counts = _counts(batch.prompt, batch.rank, objective)
+    counts = _counts(batch.prompt, batch.rank, batch.score, objective)
+    literal = objective.divide_by is Comparisons.literal
     if objective.loss is RankingLoss.plackett_luce:
         loss = plackett_luce_loss(rewards, batch.prompt, batch.rank)
+    elif objective.soft_labels:
+        loss = soft_label_loss(
+            rewards, batch.prompt, batch.rank, batch.score, scale=objective.soft_labels, literal=literal
+        )
     else:
         loss = pairwise_loss(
             rewards,
@@ -121,7 +134,7 @@ def loss_terms(output: tuple[Tensor, Tensor | None], batch: TreeBatch, objective
             scores=batch.score,
             margin=objective.margin,
             label_smoothing=objective.label_smoothing,
-            literal=objective.divide_by.value == "literal",
+            literal=literal,
             log_tie=log_tie,
         )
     terms = {"loss": Term(loss, counts["loss"])}
@@ -136,14 +149,32 @@ def loss_terms(output: tuple[Tensor, Tensor | None], batch: TreeBatch, objective
 
 def loss_counts(micro: PackedTrees, objective: RankingConfig) -> dict[str, float]:
     """The counts of `loss_terms`, before any forward pass."""
-    return _counts(torch.from_numpy(micro.prompt), torch.from_numpy(micro.rank), objective)
+    prompt, rank, score = (torch.from_numpy(one) for one in (micro.prompt, micro.rank, micro.score))
+    return _counts(prompt, rank, score, objective)
 
 
-def _counts(prompt: Tensor, rank: Tensor, objective: RankingConfig) -> dict[str, float]:
-    ordered = float(num_prompts(prompt, rank))
-    compared = float(num_prompts(prompt, rank, ties_count=True)) if objective.ties is Ties.model else ordered
+def _counts(prompt: Tensor, rank: Tensor, score: Tensor, objective: RankingConfig) -> dict[str, float]:
+    ordered = compared = float(num_prompts(prompt, rank))
+    if objective.ties is Ties.model:
+        compared = float(num_prompts(prompt, rank, ties_count=True))
+    elif objective.soft_labels:
+        compared = float(num_prompts(prompt, rank, soft_scores=score))
     counts = {"loss": compared, "accuracy": ordered, "reward": float(len(rank))}
     return counts | ({"centring": ordered} if objective.centring else {})
+
+
+def check_scores(rankings: TreeDataset) -> None:
+    """Soft labels are made of scores.
+
+    Raises:
+        UserError: when no two answers to a prompt have one.
+    """
+    # Where there are any, the first ranking mostly has them.
+    if not any(np.isfinite(rankings[i].scores).sum() > 1 for i in range(len(rankings))):
+        raise UserError(
+            "objective.soft_labels: no two answers to a prompt in data.train have a score, "
+            "so there is nothing to make labels of; use 0"
+        )
 
 
 def shift_and_scale(rewards: np.ndarray) -> dict[str, float]:

@@ -130,6 +130,7 @@ OBJECTIVES: dict[str, RankingConfig] = {
     "{loss:plackett_luce}": RankingConfig(loss=RankingLoss.plackett_luce),
     "{margin:0.4}": RankingConfig(margin=0.4),
     "{label_smoothing:0.1}": RankingConfig(label_smoothing=0.1),
+    "{soft_labels:0.35}": RankingConfig(soft_labels=0.35),
     "{centring:0.05}": RankingConfig(centring=0.05),
     "{divide_by:literal}": RankingConfig(divide_by=Comparisons.literal),
 }
@@ -174,6 +175,13 @@ def test_every_objective_begins_where_a_plain_computation_does(
     ]
     assert series(trained, "train/accuracy")[0] == pytest.approx(np.mean(right), abs=1e-6)
     assert all(logged_steps(run) == 3 for run in runs[1:])
+
+
+def test_held_out_loss_is_that_of_hard_labels(rlhf: Forks, folder: Path, base: Path, trained: Path) -> None:
+    """Before the first step it is the same with soft labels as without; the loss that is trained differs."""
+    run = made(rlhf, folder, base, "soft", "objective.soft_labels=0.35", "train.max_steps=1")
+    assert series(run, "eval/loss")[0] == series(trained, "eval/loss")[0]
+    assert abs(series(run, "train/loss")[0] - series(trained, "train/loss")[0]) > 1e-3
 
 
 def test_pairs_shuffled_apart(rlhf: Forks, folder: Path, base: Path) -> None:
@@ -310,6 +318,7 @@ def test_one_token_for_everything(rlhf: Forks, folder: Path, tmp_path: Path) -> 
             "plain: is a classifier (a reward model is one); a causal language model is needed",
         ),
         (["rm", "data.train=tied.jsonl", "objective.ties=model", "model.path=BASE"], "all answers to every prompt tie"),
+        (["rm", "data.train=ranked.jsonl", "objective.soft_labels=1", "model.path=BASE"], "have a score, so there is"),
     ],
 )
 def test_mistakes(rlhf: Forks, folder: Path, base: Path, trained: Path, command: list[str], message: str) -> None:
@@ -320,6 +329,8 @@ def test_mistakes(rlhf: Forks, folder: Path, base: Path, trained: Path, command:
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(base / file, folder / "plain")
     write_jsonl(folder / "tied.jsonl", [{**row, "scores": [1, 1]} for row in rankings(6, most=2)])
+    ranked = [{"prompt": row["prompt"], "responses": row["responses"], "ranks": [0, 1]} for row in rankings(6, most=2)]
+    write_jsonl(folder / "ranked.jsonl", ranked)
     write_jsonl(folder / "chats.jsonl", dialogues(6))
     stage, *rest = command
     line = RM if stage == "rm" else [*SFT_ON_FILES, *TINY_RUN, "data.train=chats.jsonl", "data.heldout=chats.jsonl"]

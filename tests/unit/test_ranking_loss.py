@@ -19,6 +19,7 @@ from rlhf_pipeline.functional.losses.ranking import (
     num_prompts,
     pairwise_loss,
     plackett_luce_loss,
+    soft_label_loss,
 )
 
 Loss = Callable[..., Tensor]
@@ -35,6 +36,8 @@ LOSSES: dict[str, Loss] = {
     "everything": lambda r, p, k, s, t: pairwise_loss(
         r, p, k, scores=s, margin=0.3, label_smoothing=0.1, literal=True, log_tie=t
     ),
+    "soft labels": lambda r, p, k, s, t: soft_label_loss(r, p, k, s, scale=0.6),
+    "soft and literal": lambda r, p, k, s, t: soft_label_loss(r, p, k, s, scale=0.6, literal=True),
     "plackett_luce": lambda r, p, k, s, t: plackett_luce_loss(r, p, k),
     "centring": lambda r, p, k, s, t: centring_loss(r, p, k),
 }
@@ -45,6 +48,8 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "smoothing": lambda r, k, s, t: pairs(r, k, s, smoothing=0.2),
     "ties": lambda r, k, s, t: pairs(r, k, s, nu=math.exp(t)),
     "everything": lambda r, k, s, t: pairs(r, k, s, margin=0.3, smoothing=0.1, literal=True, nu=math.exp(t)),
+    "soft labels": lambda r, k, s, t: soft_pairs(r, k, s, scale=0.6),
+    "soft and literal": lambda r, k, s, t: soft_pairs(r, k, s, scale=0.6, literal=True),
     "plackett_luce": lambda r, k, s, t: choices(r, k),
     "centring": lambda r, k, s, t: mean([(r[w] + r[x]) ** 2 for w, x in ordered(k)]),
 }
@@ -85,6 +90,25 @@ def pairs(
             total -= math.log(tie / (one + other + tie))
             kept += 1
     return total / (math.comb(len(ranks), 2) if literal else kept) if kept else 0.0
+
+
+def soft_pairs(
+    rewards: list[float], ranks: list[int], scores: list[float], *, scale: float, literal: bool = False
+) -> float:
+    """Targets as odds: e^scale a point. A pair without its scores has the label of its ranks."""
+    total, kept, number = 0.0, 0, len(ranks)
+    for i, j in combinations(range(number), 2):
+        one, other = math.exp(rewards[i]), math.exp(rewards[j])
+        if math.isnan(scores[i]) or math.isnan(scores[j]):
+            if ranks[i] == ranks[j]:
+                continue
+            target = 1.0 if ranks[i] < ranks[j] else 0.0
+        else:
+            odds = math.exp(scale * scores[i]) / math.exp(scale * scores[j])
+            target = odds / (1 + odds)
+        total -= target * math.log(one / (one + other)) + (1 - target) * math.log(other / (one + other))
+        kept += 1
+    return total / (math.comb(number, 2) if literal else kept) if kept else 0.0
 
 
 def choices(rewards: list[float], ranks: list[int]) -> float:
@@ -189,17 +213,19 @@ def test_against_loops(name: str, seed: int, assert_close: Check) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_counts_against_loops(seed: int, assert_close: Check) -> None:
-    rewards, prompt, ranks, _, _ = batch(seed, count=seed * 3)
+    rewards, prompt, ranks, scores, _ = batch(seed, count=seed * 3)
     rewards = rewards.detach().round()  # some are equal
-    with_order, with_any, right = 0, 0, 0.0
+    with_order, with_any, with_label, right = 0, 0, 0, 0.0
     for number in set(prompt.tolist()):
         own = (prompt == number).nonzero()[:, 0]
         r, k = rewards[own].tolist(), ranks[own].tolist()
         with_order += len(set(k)) > 1
         with_any += len(k) > 1
+        with_label += len(set(k)) > 1 or sum(not math.isnan(s) for s in scores[own].tolist()) > 1
         right += mean([1.0 if r[w] > r[x] else 0.5 if r[w] == r[x] else 0.0 for w, x in ordered(k)])
     assert int(num_prompts(prompt, ranks)) == with_order
     assert int(num_prompts(prompt, ranks, ties_count=True)) == with_any
+    assert int(num_prompts(prompt, ranks, soft_scores=scores)) == with_label
     assert_close(num_correct(rewards, prompt, ranks), double(right).squeeze(), rtol=1e-12)
 
 
@@ -318,7 +344,8 @@ def test_extreme_rewards_stay_finite(name: str) -> None:
     with torch.autograd.set_detect_anomaly(True):
         loss = LOSSES[name](rewards, prompt, ranks, torch.full((6,), NAN), log_tie)
         loss.backward()
-    assert loss.isfinite()
+    loss_of_rated = LOSSES[name](rewards.detach(), prompt, ranks, torch.tensor([1e4, 0, -1e4, 3, 3, 3]), log_tie)
+    assert loss.isfinite() and loss_of_rated.isfinite()
     assert rewards.grad is not None
     assert rewards.grad.isfinite().all()
     assert rewards.grad.any()
@@ -356,4 +383,4 @@ def test_no_shape_depends_on_the_data(name: str) -> None:
     rewards, prompt, ranks, scores, log_tie = (t.detach().to("meta") for t in batch(7))
     rewards.requires_grad_()
     LOSSES[name](rewards, prompt, ranks, scores, log_tie).backward()
-    assert num_prompts(prompt, ranks).shape == num_correct(rewards, prompt, ranks).shape == ()
+    assert num_prompts(prompt, ranks, soft_scores=scores).shape == num_correct(rewards, prompt, ranks).shape == ()

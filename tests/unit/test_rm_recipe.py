@@ -23,7 +23,7 @@ from rlhf_pipeline.evaluation.rankings import HeldOutRankings, Scored
 from rlhf_pipeline.functional.terms import Term, add_counts, objective
 from rlhf_pipeline.models.scalar_head import TieStrength
 from rlhf_pipeline.models.tree_model import TreeBatch
-from rlhf_pipeline.recipes.rm import loss_counts, loss_terms, shift_and_scale
+from rlhf_pipeline.recipes.rm import check_scores, loss_counts, loss_terms, shift_and_scale
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,9 @@ RANKS = [
     (0, 0, 0),
     (2, 1, 0),
     (0,),
-]  # 1, 5, 0, 3 and 0 ordered comparisons; 0, 1, 3, 0 and 0 ties
-SCORES = [(3.0, 1.5), (2.0, 4.0, 4.0, 0.0), (math.nan,) * 3, (math.nan, 1.0, 2.0), (1.0,)]
+    (0, 0, 0),
+]  # 1, 5, 0, 3, 0 and 0 ordered comparisons; 0, 1, 3, 0, 0 and 3 ties
+SCORES = [(3.0, 1.5), (2.0, 4.0, 4.0, 0.0), (math.nan,) * 3, (math.nan, 1.0, 2.0), (1.0,), (2.0, math.nan, 2.0)]
 LOG_TIE = -0.3
 OBJECTIVES: dict[str, RankingConfig] = {
     "as published": RankingConfig(),
@@ -45,6 +46,8 @@ OBJECTIVES: dict[str, RankingConfig] = {
     "ties": RankingConfig(ties=Ties.model),
     "margin": RankingConfig(margin=0.4),
     "smoothing": RankingConfig(label_smoothing=0.1),
+    "soft labels": RankingConfig(soft_labels=0.35, centring=0.05),
+    "soft and literal": RankingConfig(soft_labels=0.35, divide_by=Comparisons.literal),
     "centring": RankingConfig(centring=0.05),
     "plackett_luce": RankingConfig(loss=RankingLoss.plackett_luce),
     "all": RankingConfig(ties=Ties.model, margin=0.4, label_smoothing=0.1, centring=0.05),
@@ -78,19 +81,21 @@ def terms_of(trees: Sequence[Tree], rewards: Sequence[float], config: RankingCon
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_on_any_split_is_the_one_by_hand(name: str) -> None:
-    """Counts are of prompts with a comparison: not of responses, not of prompts that tie throughout (unless modelled)."""
+    """Counts are of prompts with a comparison: not of responses, not of prompts that tie throughout, unless ties are
+    modelled or, with soft labels, have scores.
+    """
     config, trees = OBJECTIVES[name], trees_of(RANKS, SCORES)
     rng = np.random.default_rng(3)
     rewards: list[list[float]] = [rng.normal(size=len(places)).tolist() for places in RANKS]
     log_tie = torch.tensor(LOG_TIE, dtype=torch.float64) if config.ties is Ties.model else None
     plain = [torch.tensor(one, dtype=torch.float64) for one in rewards]
     expected = float(plain_objective(plain, RANKS, SCORES, config, log_tie))
-    for split in ([5], [1, 1, 1, 1, 1], [2, 3], [3, 0, 2]):
+    for split in ([6], [1, 1, 1, 1, 1, 1], [2, 4], [3, 0, 3]):
         ends = np.cumsum([0, *split])
         parts = [list(range(a, b)) for a, b in pairwise(ends.tolist())]
         counts = add_counts(loss_counts(packed([trees[i] for i in part]), config) for part in parts)
-        assert counts["loss"] == (4 if config.ties is Ties.model else 3)
-        assert counts["accuracy"] == 3 and counts["reward"] == 13
+        assert counts["loss"] == (5 if config.ties is Ties.model else 4 if config.soft_labels else 3)
+        assert counts["accuracy"] == 3 and counts["reward"] == 16
         total = 0.0
         for part in parts:
             terms = terms_of([trees[i] for i in part], [r for i in part for r in rewards[i]], config)
@@ -103,15 +108,18 @@ def test_the_objective_on_any_split_is_the_one_by_hand(name: str) -> None:
 
 
 def test_what_is_logged_is_not_trained() -> None:
-    terms = terms_of(trees_of(RANKS, SCORES), list(range(13)), OBJECTIVES["all"])
+    terms = terms_of(trees_of(RANKS, SCORES), list(range(16)), OBJECTIVES["all"])
     assert {name for name, term in terms.items() if term.weight == 0} == {"accuracy", "reward"}
     assert not terms["accuracy"].sum.requires_grad and not terms["reward"].sum.requires_grad
-    assert float(terms["reward"].sum) == sum(range(13))
+    assert float(terms["reward"].sum) == sum(range(16))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_without_a_comparison(name: str) -> None:
-    """Nothing but ties: 0 where they are dropped, and a number with a finite gradient everywhere."""
+    """Nothing but ties: 0 where they are dropped, and a number with a finite gradient everywhere.
+
+    With soft labels those of the first prompt have a loss, and that of the second, which lacks a score, has none.
+    """
     config = OBJECTIVES[name]
     trees = trees_of([(0, 0, 0), (1, 1)], [(1.0, 1.0, 1.0), (math.nan, 2.0)])
     rewards = torch.tensor([0.5, -1.0, 2.0, 3.0, 3.0], dtype=torch.float64, requires_grad=True)
@@ -122,6 +130,9 @@ def test_a_batch_without_a_comparison(name: str) -> None:
     assert rewards.grad is not None and torch.isfinite(rewards.grad).all()
     if config.ties is Ties.model:
         assert terms["loss"].count == 2 and float(value.detach()) > 0 and rewards.grad[:3].any()
+    elif config.soft_labels:
+        assert terms["loss"].count == 1 and float(value.detach()) > 0
+        assert rewards.grad[:3].any() and not rewards.grad[3:].any()
     else:
         assert terms["loss"].count == 0 and float(value.detach()) == 0 and not rewards.grad.any()
 
@@ -142,6 +153,16 @@ def test_the_tie_strength_moves_in_bfloat16_too() -> None:
     with torch.no_grad():
         tie.moved.sub_(0.001)
     assert float(tie().detach()) == pytest.approx(2.699, abs=1e-5)
+
+
+@pytest.mark.parametrize("scores", [[(1.0, math.nan), (math.nan, math.nan)], []])
+def test_soft_labels_are_made_of_scores(scores: list[tuple[float, ...]]) -> None:
+    def stored(scores: list[tuple[float, ...]]) -> Any:
+        return Stored(trees_of([(0, 1)] * len(scores), scores))
+
+    with pytest.raises(UserError, match=r"objective.soft_labels: no two answers.*use 0"):
+        check_scores(stored(scores))
+    check_scores(stored([*scores, (2.0, 1.0)]))
 
 
 # Zero and unit

@@ -1,4 +1,4 @@
-"""Ranking losses of the reward model, as sums over prompts: pairwise, with ties and margins, and listwise.
+"""Ranking losses of the reward model, as sums over prompts: pairwise, with ties, margins or soft labels, and listwise.
 
 All responses of a micro-batch lie flat and are compared in dense [R, R] masks: R is some hundreds at most, and no
 shape depends on the data, so a GPU never waits. Every loss is a sum over prompts of a mean within the prompt, so
@@ -6,7 +6,7 @@ that a prompt weighs the same whatever the number of its responses; `num_prompts
 Without any comparison a loss is 0 and still connected to the rewards.
 
 Shapes: R responses. `rewards` fp32 [R] (fp64 stays fp64); `prompt` int64 [R], equal for responses to the same prompt;
-`ranks` int [R], 0 for the best, equal for a tie.
+`ranks` int [R], 0 for the best, equal for a tie; `scores` fp32 [R], higher is better, NaN where there is none.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pairwise_loss(
     (d / 2, -d / 2, log nu). A tie then costs -log P(tie) and is a comparison kept; without `log_tie` ties are dropped.
 
     `margin` * (score_w - score_l) is subtracted from r_w - r_l (Touvron et al. 2023, Llama 2, equation 2), never from
-    a tie's d; `scores` fp32 [R], higher is better. A pair of which a score is NaN has margin 0.
+    a tie's d. A pair of which a score is NaN has margin 0.
     `label_smoothing` e: (1 - e) * loss(w beats l) + e * loss(l beats w), for labels of which a share e is wrong
     (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO").
     Raises ValueError where a margin is asked for without `scores`.
@@ -71,6 +71,30 @@ def pairwise_loss(
     logprobs = torch.where(better, (1 - label_smoothing) * win + label_smoothing * lose, tie)
     # `better` and `tied` together hold every two responses to a prompt once: K over 2.
     return _sum_of_means(torch.where(kept, -logprobs, 0.0), prompt, counted=better | tied if literal else kept)
+
+
+def soft_label_loss(
+    rewards: Tensor, prompt: Tensor, ranks: Tensor, scores: Tensor, *, scale: float, literal: bool = False
+) -> Tensor:
+    """Sum over prompts of the mean over its comparisons of -p log sigmoid(d) - (1 - p) log sigmoid(-d), with d = r_i - r_j
+    and the target p = sigmoid(scale * (score_i - score_j)): ratings say by how much an answer is better, ranks only that.
+
+    p = 1 is `pairwise_loss`. A tie is a comparison too, with target 1/2, and the least loss is the entropy of the targets,
+    not 0. A pair of which a score is NaN keeps the label of its ranks: 1 where they differ, left out where it ties.
+    The mean divides by the number of comparisons kept or, with `literal`, by K over 2.
+
+    A cross-entropy with soft labels, as Lee et al. 2023 (RLAIF, arXiv 2309.00267) train reward models with a labeling
+    model's probabilities. For soft preference labels in DPO see Furuta et al. 2024 (arXiv 2409.06691), who propose another
+    loss, a geometric mean of likelihoods; this one is Mitchell's (`label_smoothing` above) with a noise of each pair's own.
+    """
+    better, tied = comparisons(prompt, ranks)
+    rated = _both_rated(scores)
+    kept = better | (tied & rated)
+    gap = _differences(rewards, kept)
+    log_odds = scale * _differences(scores, rated).to(gap.dtype)
+    loss = -torch.where(rated, log_odds.sigmoid(), 1.0) * logsigmoid(gap)
+    loss = loss - torch.where(rated, (-log_odds).sigmoid(), 0.0) * logsigmoid(-gap)
+    return _sum_of_means(torch.where(kept, loss, 0.0), prompt, counted=better | tied if literal else kept)
 
 
 def plackett_luce_loss(rewards: Tensor, prompt: Tensor, ranks: Tensor) -> Tensor:
@@ -110,13 +134,18 @@ def num_correct(rewards: Tensor, prompt: Tensor, ranks: Tensor) -> Tensor:
     return _sum_of_means(torch.where(better, right, 0.0), prompt, counted=better)
 
 
-def num_prompts(prompt: Tensor, ranks: Tensor, *, ties_count: bool = False) -> Tensor:
+def num_prompts(
+    prompt: Tensor, ranks: Tensor, *, ties_count: bool = False, soft_scores: Tensor | None = None
+) -> Tensor:
     """How many prompts have a comparison, int64 scalar: what divides the sums above, once added up globally.
 
-    `ties_count` where ties are modelled: a prompt of nothing but ties then has one.
+    `ties_count` where ties are modelled: a prompt of nothing but ties then has one. `soft_scores`, the scores of
+    `soft_label_loss`: so has one of nothing but ties if both answers of one of them have a score.
     """
     better, tied = comparisons(prompt, ranks)
     counted = better | tied if ties_count else better
+    if soft_scores is not None:
+        counted = counted | (tied & _both_rated(soft_scores))
     same = _same_prompt(prompt)
     is_first = ~same.tril(diagonal=-1).any(dim=1)
     return (is_first & (_per_prompt(counted.sum(1), same) > 0)).sum()
@@ -134,6 +163,11 @@ def initial_log_tie(tie_rate: float) -> float:
 
 def _same_prompt(prompt: Tensor) -> Tensor:
     return prompt[:, None] == prompt[None, :]
+
+
+def _both_rated(scores: Tensor) -> Tensor:
+    """Bool [R, R]: neither score is NaN."""
+    return ~(scores.isnan()[:, None] | scores.isnan()[None, :])
 
 
 def _differences(values: Tensor, mask: Tensor) -> Tensor:
