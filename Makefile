@@ -7,7 +7,7 @@ RLHF := $(BIN)/rlhf
 DEMO := runs/demo
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help setup demo test test-full lint types bench bench-rm bench-data bench-generation golden clean
+.PHONY: help setup demo test test-full lint types bench bench-rm bench-ppo bench-data bench-generation golden clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +54,9 @@ bench: setup ## SFT speed side by side with TRL, which is installed into an envi
 
 bench-rm: setup ## reward model speed side by side with TRL; reads the folder RLHF_TEST_DATA
 	$(BIN)/python scripts/bench/rm.py
+
+bench-ppo: setup ## PPO speed side by side with TRL 1.12, and sampling beside generate; reads the folder RLHF_TEST_DATA
+	$(BIN)/python scripts/bench/ppo.py
 
 bench-data: setup ## how fast files become tokens, and in how much memory; reads the folder RLHF_TEST_DATA
 	$(BIN)/python scripts/bench/data.py

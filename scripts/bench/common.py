@@ -22,7 +22,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TRL_PYTHON = ROOT / ".bench-venv" / "bin" / "python"
+TRL_PPO_PYTHON = ROOT / ".bench-ppo-venv" / "bin" / "python"  # the last TRL that has PPO
 SKIP = 3  # steps before the timing starts, on both sides
+STEP_SECONDS = "time/step_seconds"  # as our trainers log it
 VOCAB_SIZE = 8192
 
 SHAPES = {
@@ -140,15 +142,15 @@ def print_result(figures: dict[str, Any], output: Path | None = None) -> None:
 # Our side, and what starts both
 
 
-def install_trl() -> None:
+def install_trl(python: Path = TRL_PYTHON, requirements: str = "requirements.txt") -> None:
     """The benchmark's own environment, once."""
-    if TRL_PYTHON.exists():
+    if python.exists():
         return
-    subprocess.run([sys.executable, "-m", "venv", TRL_PYTHON.parents[1]], check=True)
-    pip = [TRL_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pins = (HERE / "requirements.txt").read_text().split()
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pins = (HERE / requirements).read_text().split()
     subprocess.run([*pip, next(pin for pin in pins if pin.startswith("torch=="))], check=True)
-    subprocess.run([*pip, "-r", HERE / "requirements.txt"], check=True)
+    subprocess.run([*pip, "-r", HERE / requirements], check=True)
 
 
 def own_tokenizer(documents: list[str]) -> Any:
@@ -175,9 +177,9 @@ def llama(size: str, tokenizer: Any) -> Any:
     )
 
 
-def run_trl(script: str, options: list[Any]) -> dict[str, Any]:
+def run_trl(script: str, options: list[Any], python: Path = TRL_PYTHON) -> dict[str, Any]:
     """What a script prints as its last line, run in TRL's environment."""
-    done = subprocess.run([TRL_PYTHON, HERE / script, *map(str, options)], capture_output=True, text=True)
+    done = subprocess.run([python, HERE / script, *map(str, options)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -187,28 +189,39 @@ def run_trl(script: str, options: list[Any]) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ours:
     """A run of ours: seconds to the end of the first step, the metrics of every step, and what was timed: from step
-    `SKIP` on, or from the first where there are no more."""
+    `skip` on, or from the first where there are no more."""
 
     first_step_seconds: float
     lines: list[dict[str, float]]
     cpu_seconds: float  # used by the process since the first of the timed steps that was seen to end
     cpu_steps: int  # steps in that time
+    wall_seconds: float  # that time, to 20 ms
+    clock: str = STEP_SECONDS  # the metric that says how long a step took
+    skip: int = SKIP
 
     @property
     def timed(self) -> list[dict[str, float]]:
-        return self.lines[SKIP:] or self.lines
+        return self.lines[self.skip :] or self.lines
 
     @property
     def seconds(self) -> float:
-        return sum(line["time/step_seconds"] for line in self.timed)
+        return sum(line[self.clock] for line in self.timed)
 
     @property
     def tokens(self) -> float:
         return sum(line["time/tokens_per_second"] * line["time/step_seconds"] for line in self.timed)
 
 
-def run_ours(stage: str, overrides: list[str], work: Path, *, max_seconds: float | None = None) -> Ours:
-    """Run a stage to its end or, with `max_seconds`, until so much is timed after the first `SKIP` steps."""
+def run_ours(
+    stage: str,
+    overrides: list[str],
+    work: Path,
+    *,
+    max_seconds: float | None = None,
+    clock: str = STEP_SECONDS,
+    skip: int = SKIP,
+) -> Ours:
+    """Run a stage to its end or, with `max_seconds`, until so much is timed after the first `skip` steps."""
     from rlhf_pipeline.tracking import read_metrics
 
     runs = work / "ours"
@@ -220,33 +233,36 @@ def run_ours(stage: str, overrides: list[str], work: Path, *, max_seconds: float
         process = subprocess.Popen(command, stderr=output)
     first_step, size = float("nan"), 0
     lines: list[dict[str, float]] = []
-    used: list[tuple[int, float]] = []  # steps done after the first SKIP, CPU seconds by then
+    used: list[tuple[int, float, float]] = []  # steps done from `skip` on, CPU seconds and time by then
     while process.poll() is None:
         time.sleep(0.02)
         before = len(lines)
         if metrics.exists() and metrics.stat().st_size != size:  # looked at only where there is something new
             size = metrics.stat().st_size
-            lines = _steps(read_metrics(metrics))
+            lines = _steps(read_metrics(metrics), clock)
         if lines and not before:
             first_step = time.perf_counter() - started
-        if len(lines) > max(before, SKIP - 1):
-            used.append((len(lines), _cpu_seconds_of(process.pid)))
-        if lines and max_seconds is not None and sum(line["time/step_seconds"] for line in lines[SKIP:]) >= max_seconds:
+        if len(lines) > max(before, skip - 1):
+            used.append((len(lines), _cpu_seconds_of(process.pid), time.perf_counter()))
+        if lines and max_seconds is not None and sum(line[clock] for line in lines[skip:]) >= max_seconds:
             process.send_signal(signal.SIGTERM)  # it saves its state and leaves
             break
     if process.wait() not in (0, *([] if max_seconds is None else [128 + signal.SIGTERM])):
         sys.exit(log.read_text())
-    (first, before_cpu), (last, after_cpu) = (used[0], used[-1]) if used else ((0, 0.0), (0, 0.0))
+    (first, before_cpu, begin), (last, after_cpu, end) = (used[0], used[-1]) if used else ((0, 0.0, 0.0),) * 2
     return Ours(
         first_step_seconds=first_step,
-        lines=_steps(read_metrics(metrics)),
+        lines=_steps(read_metrics(metrics), clock),
         cpu_seconds=after_cpu - before_cpu,
         cpu_steps=last - first,
+        wall_seconds=end - begin,
+        clock=clock,
+        skip=skip,
     )
 
 
-def _steps(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [line for line in lines if "time/step_seconds" in line]
+def _steps(lines: list[dict[str, float]], clock: str) -> list[dict[str, float]]:
+    return [line for line in lines if clock in line]
 
 
 def _cpu_seconds_of(pid: int) -> float:

@@ -79,7 +79,7 @@ def build(dtype: str) -> Any:
 
     from rlhf_pipeline.config import config_dir
     from rlhf_pipeline.config.schema import Architecture, ShapeConfig
-    from rlhf_pipeline.models.load import shape_config
+    from rlhf_pipeline.models.shapes import shape_config
 
     shape: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / "7m.yaml"))
     config = shape_config(
