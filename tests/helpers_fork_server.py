@@ -57,6 +57,7 @@ def _import_everything() -> None:
 
     import rlhf_pipeline.cli
     import rlhf_pipeline.recipes.evaluate
+    import rlhf_pipeline.recipes.ppo
     import rlhf_pipeline.recipes.prep
     import rlhf_pipeline.recipes.pretrain
     import rlhf_pipeline.recipes.rm
