@@ -141,10 +141,14 @@ def closed_up(alive: np.ndarray) -> np.ndarray:
 def sampling_mode(model: Any) -> Iterator[None]:
     """Dropout off, and an attention that does one token at a time; both are put back."""
     was_training, attention = model.training, model.config._attn_implementation
-    switched = attention not in ("sdpa", "eager", path_attention.NAME)  # flex attention is compiled for packed rows
+    # Flex attention is compiled for packed rows; on a CPU ours is faster for a single query.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    wanted = path_attention.NAME if on_cpu else "sdpa"
+    switched = attention not in (wanted, "eager")
     model.eval()
     if switched:
-        model.set_attn_implementation("sdpa")
+        path_attention.register()
+        model.set_attn_implementation(wanted)
     try:
         with torch.no_grad():
             yield

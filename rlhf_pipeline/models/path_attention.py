@@ -59,6 +59,8 @@ def path_attention(
 
     `tree_segments` lists the runs of tokens that the B * T positions consist of.
     """
+    if tree_segments is None and query.shape[2] == 1 and query.device.type == "cpu" and not dropout:
+        return one_query(query, key, value, attention_mask, scaling), None
     if tree_segments is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -75,6 +77,23 @@ def path_attention(
         out = attend(q, k, v, plan, others=out, scale=scale, dropout=dropout)
     assert out is not None
     return out.view(rows, width, heads, -1), None
+
+
+def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """query [B, heads, 1, D], key and value [B, key heads, S, D], mask additive or bool [B, 1, 1, S] -> [B, 1, heads, D].
+
+    What decoding does. As plain products it is up to 2.8 times faster on a CPU than the fused kernels, and query heads
+    that share a key head share its product (docs/benchmarks.md).
+    """
+    rows, heads, _, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width) * scale
+    scores = grouped @ key.transpose(2, 3)  # [B, key heads, group, S]
+    if mask is not None and mask.dtype == torch.bool:  # True is seen
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return (scores.softmax(-1) @ value).reshape(rows, 1, heads, value.shape[3])
 
 
 @lru_cache(maxsize=2)  # every layer of a forward pass asks for the same
