@@ -29,6 +29,13 @@ def check_ppo(config: PpoConfig) -> Iterator[str]:
     """Every problem, one line each."""
     if config.model.shape is not None:
         yield "model.shape: a policy is not made from scratch; name the fine-tuned model with model.path"
+    dropouts = {"model.dropout": config.model.dropout, "lora.dropout": config.lora.dropout if config.lora else 0.0}
+    for key, value in dropouts.items():
+        if value:
+            yield (
+                f"{key}={value}: must stay 0: an update would compare a policy with dropout to the one without that was "
+                "sampled from, and the ratio would not begin at 1"
+            )
     yield from _rollout(config.rollout)
     yield from _episodes(config)
     yield from _scorers(config.rewards)

@@ -98,8 +98,9 @@ def main(config: PpoConfig) -> None:
     with training.tracker_of(config, run) as tracker, runtime.stopping_on_signals(process.stop):
         for line in (_summary(loop, heldout), *scoring.describe(sources)):
             tracker.info(line)
+        data = loop.data | {"prompts": prompts}  # whose fingerprint is also of what scorers read beside the tokens
         meta = training.restore(
-            config, run, models.engines, loop.data, parents, process.threads, tracker, extra=loop.averages
+            config, run, models.engines, data, parents, process.threads, tracker, extra=loop.averages
         )
         control = Control(**run.state.meta["control"]) if run.state else Control(beta=config.kl.beta)
         try:

@@ -154,7 +154,7 @@ def restore(
     config: StageConfig,
     run: Run,
     engines: Mapping[str, Engine],
-    data: Mapping[str, TreeDataset],
+    data: Mapping[str, Any],
     parents: Mapping[str, Parent],
     threads: int,
     tracker: Tracker,
@@ -164,6 +164,7 @@ def restore(
 
     Args:
         engines: and `extra`: see `resume.save`.
+        data: by name; of each its `fingerprint` counts.
 
     Raises:
         UserError: when the data, or the model it started from, are not those that the run began with.
@@ -180,8 +181,10 @@ def restore(
     }
     if run.state is not None:
         before = run.state.meta
-        contents = f"contents of model.path={config.model.path}"
-        for what, called in (("data", "data"), ("parents", contents), ("frozen", contents)):
+        known, model = before.get("parents", {}), f"contents of model.path={config.model.path}"
+        others = [f"{name}={one.path}" for name, one in parents.items() if known.get(name, "") != one.content_hash]
+        contents = model if any(one.startswith("model=") for one in others) else f"contents of {', '.join(others)}"
+        for what, called in (("data", "data"), ("parents", contents), ("frozen", model)):
             if before.get(what, "") != meta[what]:
                 raise UserError(
                     f"{run.folder}: the {called} have changed since the run began; put them back, choose another "

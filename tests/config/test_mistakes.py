@@ -168,6 +168,7 @@ def test_commands_that_train_nothing(stage: str, overrides: list[str], beginning
 
 RANKINGS = {
     "objective.margin=-1": "objective.margin=-1.0: must not be negative",
+    "objective.soft_labels=-1": "objective.soft_labels=-1.0: must not be negative",
     "objective.centring=-0.1": "objective.centring=-0.1: must not be negative",
     "objective.label_smoothing=0.5": "objective.label_smoothing=0.5: must be at least 0 and less than a half",
     "normalise.examples=0": "normalise.examples=0: must be more than 0",
@@ -178,6 +179,12 @@ LISTWISE = {
     "objective.ties=model": "objective.ties=model: is about pairs, and objective.loss=plackett_luce has none",
     "objective.margin=0.5": "objective.margin=0.5: is about pairs, and objective.loss=plackett_luce has none",
     "objective.label_smoothing=0.1": "objective.label_smoothing=0.1: is about pairs",
+    "objective.soft_labels=0.35": "objective.soft_labels=0.35: is about pairs, and objective.loss=plackett_luce has none",
+}
+BESIDE_SOFT_LABELS = {
+    "objective.ties=model": "objective.ties=model: objective.soft_labels=0.35 makes a tie a label of 1/2; leave one",
+    "objective.margin=0.5": "objective.margin=0.5: objective.soft_labels=0.35 uses the scores already; leave one",
+    "objective.label_smoothing=0.1": "objective.label_smoothing=0.1: objective.soft_labels=0.35 takes no label for",
 }
 
 
@@ -192,6 +199,17 @@ def test_what_is_about_pairs_has_no_meaning_for_a_whole_order(override: str) -> 
     assert problems(override, stage="rm") == []
     (problem,) = problems(override, "objective.loss=plackett_luce", stage="rm")
     assert problem.startswith(LISTWISE[override])
+
+
+@pytest.mark.parametrize("override", BESIDE_SOFT_LABELS)
+def test_what_soft_labels_say_already(override: str) -> None:
+    (problem,) = problems(override, "objective.soft_labels=0.35", stage="rm")
+    assert problem.startswith(BESIDE_SOFT_LABELS[override])
+
+
+def test_soft_labels_beside_what_says_nothing_of_labels() -> None:
+    beside = ["objective.divide_by=literal", "objective.centring=0.1", "data.rankings=pairs"]
+    assert problems("objective.soft_labels=0.35", *beside, stage="rm") == []
 
 
 @pytest.mark.parametrize("key", ["optim.lr", "optim.weight_decay", "optim.max_grad_norm", "evaluation.temperature"])
