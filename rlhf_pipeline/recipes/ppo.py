@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_pipeline import artifact, health, resume, runtime
 from rlhf_pipeline.artifact import Kind, Parent
+from rlhf_pipeline.config.ppo import RolloutConfig
 from rlhf_pipeline.config.stages import PpoConfig
 from rlhf_pipeline.data import prepare, stage
 from rlhf_pipeline.data.loader import Layout
@@ -139,10 +140,9 @@ class Loop:
         """A context in which the policy has the weights that become the artifact."""
         return self.ema.in_place() if self.ema is not None and self.config.ema.hand_over else nullcontext()
 
-    def answer(self, asked: Sequence[Asked], *, seed: int, first: int) -> Rollout:
-        """1 Roll out: the policy's responses to these prompts."""
-        engine, options = self.models.policy_engine, self.config.rollout
-        with sampling_model(engine, self.models.policy, options) as model:
+    def answer(self, asked: Sequence[Asked], options: RolloutConfig, *, seed: int, first: int) -> Rollout:
+        """The policy's responses to these prompts; see `rollout.roll_out`."""
+        with sampling_model(self.models.policy_engine, self.models.policy, options) as model:
             return roll_out(model, asked, options, renderer=self.renderer, seed=seed, first=first)
 
 
@@ -153,7 +153,7 @@ def _iteration(loop: Loop, control: Control, step: int, *, check: bool) -> tuple
 
     # 1 Roll out
     asked = [loop.prompts.asked[i] for i in loop.order.indices(step)]
-    rollout = loop.answer(asked, seed=config.seed, first=loop.order.size_before(step))
+    rollout = loop.answer(asked, config.rollout, seed=config.seed, first=loop.order.size_before(step))
     clock.passed("rollout")
 
     # 2 Score
@@ -235,8 +235,6 @@ def _train(
     if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
         _hand_over(loop, done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
-        # Drawn from the step and not from a running stream, dropout is the same in a resumed run.
-        torch.manual_seed((config.seed * 1_000_003 + done) * runtime.world_size() + runtime.rank())
         logged, problems = _iteration(loop, control, done, check=done == run.step)
         if problems:
             raise UserError(f"iteration {done + 1} cannot be trusted:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -270,8 +268,7 @@ def _held_out(loop: Loop, heldout: PromptSet) -> HeldOutPrompts:
         return roll_out(model, asked, options, renderer=loop.renderer, seed=seed, first=0)
 
     def of_policy(asked: Sequence[Asked], seed: int) -> Rollout:
-        with sampling_model(models.policy_engine, models.policy, options) as model:
-            return drawn(model, asked, seed)
+        return loop.answer(asked, options, seed=seed, first=0)
 
     def of_reference(asked: Sequence[Asked], seed: int) -> Rollout:
         if models.reference.model is not None:
