@@ -93,7 +93,7 @@ def test_candidates(line: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("rlhf prep p", ["pretrain"]),  # of the stages; no key of its own begins so
+        ("rlhf prep p", ["pretrain", "ppo"]),  # of the stages; no key of its own begins so
         ("rlhf prep kin", ["kind="]),
         ("rlhf prep kind=ra", ["kind=ranking"]),
         ("rlhf prep sft experiment=demo_s", ["experiment=demo_sft"]),

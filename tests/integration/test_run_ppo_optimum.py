@@ -122,6 +122,7 @@ def test_the_regularised_optimum_is_reached(rlhf: Forks, problem: Problem, name:
     assert end < REACHED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_loop_misses_it(rlhf: Forks, problem: Problem, name: str) -> None:
     """The same command, from a folder whose scorer changes one function."""
