@@ -376,7 +376,7 @@ def test_a_state_holds_the_tie_strength(with_ties: Path) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(with_ties / f"state/step_{LAST:08d}/rank_00000.safetensors")
-    names = {name.split("|")[0] for name in saved}
+    names = {name.split("|")[1] for name in saved}  # <engine>|<name>|<start>|<what>
     assert "tie.moved" in names and "scorer.inner.score.weight" in names
     assert {f"scorer.inner.{name}" for name in weights(with_ties / "artifact")} | {"tie.moved"} == names
     assert "tie.moved" not in {name.rpartition(".inner.")[2] for name in weights(with_ties / "artifact")}
