@@ -61,7 +61,7 @@ def gold_scores(artifacts: dict[str, Path], runs: Path) -> dict[str, Any]:
 def text_loss(artifact: Path, folder: Path) -> float:
     """Nats a token on the documents that `experiment=demo_pretrain` holds out."""
     if not (folder / "metrics.jsonl").is_file():
-        command = [*RLHF, "pretrain", "experiment=demo_pretrain", "model/=pretrained", f"model.path={artifact}"]
+        command = [*RLHF, "pretrain", "experiment=demo_pretrain", "model=pretrained", f"model.path={artifact}"]
         command += [f"run_dir={folder}", "train.stop_after=1", "tracking.progress=false", "optim.lr=1e-12"]
         subprocess.run(command, check=True)
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
