@@ -21,8 +21,9 @@ from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.generation.load import open_model
+from rlhf_pipeline.models.load import best_attention
 from rlhf_pipeline.models.self_check import self_check
-from rlhf_pipeline.models.tree_model import FULL, TreeBatch, TreeModel
+from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 from rlhf_pipeline.scoring.rewards import Tick, micro_batches
 
 _RELATIVE = "a policy's reward is relative to the model that it was trained from"
@@ -94,16 +95,17 @@ def context_of(path: str) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def open_policy(path: str, tokenizer: Any, device: torch.device) -> TreeModel:
+def open_policy(
+    config: ReadyModelConfig, tokenizer: Any, device: torch.device, *, attention: Attention = Attention.auto
+) -> TreeModel:
     """A finished policy in evaluation mode on `device`, over packed trees, checked.
 
     Raises:
         UserError: when it cannot be opened, or cannot run packed trees.
     """
-    inner = open_model(ReadyModelConfig(path=path), tokenizer, str(device)).requires_grad_(False)
+    inner = open_model(config, tokenizer, str(device)).requires_grad_(False)
     policy = TreeModel(inner).eval()
-    if device.type == "cpu" and policy.kinds == [FULL] and inner.config._attn_implementation == "sdpa":
-        policy.use_attention(Attention.paths)
+    policy.use_attention(best_attention(attention, policy, device, dropout=0.0))
     self_check(policy, device)
     return policy
 

@@ -174,7 +174,7 @@ class Rating:
         """Of the answers of all rows, computed once for each model however many policies share it."""
         key = (path, *same_trees)
         if key not in self._known:
-            model = open_policy(path, tokenizer, torch.device(self.device))
+            model = open_policy(ReadyModelConfig(path=path), tokenizer, torch.device(self.device))
             tick = progress(name, _count(trees))
             values = log_probabilities(model, trees, batch_tokens=self.config.batch_tokens, tick=tick)
             self._known[key] = {tree.index: mine for tree, mine in zip(trees, values, strict=True)}

@@ -18,8 +18,8 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModule
 
 
-class TreeScorer(TreeModule):
-    """`forward(batch)` gives the reward of every response, fp32 [R] (fp64 for fp64 weights), not normalised."""
+class TreeScalar(TreeModule):
+    """A body under a scalar head; where it is read is what tells the two below apart."""
 
     def __init__(self, inner: Any) -> None:
         """
@@ -28,24 +28,20 @@ class TreeScorer(TreeModule):
         """
         super().__init__(inner)
         self.head: ScalarHead = ScalarHead(head_of(inner))
+
+
+class TreeScorer(TreeScalar):
+    """`forward(batch)` gives the reward of every response, fp32 [R] (fp64 for fp64 weights), not normalised."""
 
     def forward(self, batch: TreeBatch) -> Tensor:
         return self.head(self.hidden(batch)[batch.last])
 
 
-class TreeCritic(TreeModule):
+class TreeCritic(TreeScalar):
     """`forward(batch)` gives the value of the state that each scored token was chosen in, fp32 [N] (fp64 for fp64 weights).
 
     It is read at the token before, of the first one at the prompt's end.
     """
-
-    def __init__(self, inner: Any) -> None:
-        """
-        Raises:
-            UserError: see `head_of`.
-        """
-        super().__init__(inner)
-        self.head: ScalarHead = ScalarHead(head_of(inner))
 
     def forward(self, batch: TreeBatch) -> Tensor:
         return self.head(self.hidden(batch)[batch.source])

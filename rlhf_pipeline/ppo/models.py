@@ -21,9 +21,8 @@ from rlhf_pipeline.config.stages import PpoConfig
 from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.engine import Engine, deepspeed_json
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.implicit import check_same_words
-from rlhf_pipeline.generation.load import open_model
-from rlhf_pipeline.models.load import best_attention, load_critic, load_policy
+from rlhf_pipeline.evaluation.implicit import check_same_words, open_policy
+from rlhf_pipeline.models.load import load_critic, load_policy
 from rlhf_pipeline.models.lora import adapters_off
 from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
@@ -141,10 +140,7 @@ def _reference(config: PpoConfig, tokenizer: Any, policy: Engine, device: torch.
         revision=None if path else config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
-    inner = open_model(model, tokenizer, str(device)).requires_grad_(False)
-    reference = TreeModel(inner).eval()
-    reference.use_attention(best_attention(config.model.attention, reference, device, dropout=0.0))
-    self_check(reference, device)
+    reference = open_policy(model, tokenizer, device, attention=config.model.attention)
     reference.temperature = config.rollout.temperature
     return Reference(reference, policy, device=device, offload=config.reference.offload)
 
