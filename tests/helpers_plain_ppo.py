@@ -7,13 +7,15 @@ the mixed-in text. Scores, KL, rewards, advantages, losses, Adam and the average
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers_rankings import plain_start
 from torch import Tensor
@@ -53,6 +55,18 @@ class Padded:
 
     tokens: Tensor
     own: Tensor  # bool [R, T]
+
+
+def plain_runs(folder: Path, commands: Mapping[str, Sequence[str]]) -> Callable[[str], Plain]:
+    """find(name): what three iterations of that command come to, computed once."""
+
+    @functools.cache
+    def find(name: str) -> Plain:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            return plain_run(folder, commands[name], iterations=3)
+
+    return find
 
 
 def plain_run(folder: Path, command: Sequence[str], *, iterations: int) -> Plain:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_plain_ppo import Plain, plain_run
+from helpers_plain_ppo import plain_runs
 from helpers_ppo import CASES, compare, iterations, made, make_folder
 from helpers_runs import (
     Forks,
@@ -40,17 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
-    """plain(case): what the plain loop comes to, computed once."""
-    known: dict[str, Plain] = {}
-
-    def find(case: str) -> Plain:
-        if case not in known:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                known[case] = plain_run(folder, CASES[case], iterations=3)
-        return known[case]
-
-    return find
+    return plain_runs(folder, CASES)
 
 
 @pytest.mark.parametrize(("case", "place"), [one if one in FAST else pytest.param(*one, marks=SLOW) for one in EVERY])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_plain_ppo import Plain, plain_run
+from helpers_plain_ppo import Plain, plain_run, plain_runs
 from helpers_ppo import CASES, PPO, REWARD, WORDS, compare, iterations, made, make_folder, make_policy
 from helpers_runs import Forks, files_below, metrics, relative_difference, series, states, weights
 from helpers_scoring import make_reward_model
@@ -29,17 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Callable[[str], Plain]:
-    """plain(case): what the plain loop comes to, computed once."""
-    known: dict[str, Plain] = {}
-
-    def find(case: str) -> Plain:
-        if case not in known:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                known[case] = plain_run(folder, CASES[case], iterations=3)
-        return known[case]
-
-    return find
+    return plain_runs(folder, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
