@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,7 @@ def check_writable(output: Path, *, new: bool) -> None:
         raise UserError(f"output={output}: exists, and this run has not written it; remove it or name another file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(output.name + ".partial")
-        partial.touch()
-        partial.unlink()
+        with tempfile.TemporaryFile(dir=output.parent):  # without a name: whoever stops us here finds nothing left
+            pass
     except OSError as error:
         raise UserError(f"output={output}: cannot be written: {error.strerror}") from error
