@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_pipeline.config.schema import Comparisons, RankingConfig, RankingLoss
+from rlhf_pipeline.config.ranking import Comparisons, RankingConfig, RankingLoss
 
 
 def plain_objective(

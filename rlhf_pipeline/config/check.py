@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from rlhf_pipeline.config.check_direct import check_direct
 from rlhf_pipeline.config.check_ppo import check_ppo
+from rlhf_pipeline.config.ranking import RankingLoss, Ties
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
     Architecture,
@@ -18,13 +20,12 @@ from rlhf_pipeline.config.schema import (
     Offload,
     PromptsConfig,
     Quantise,
-    RankingLoss,
     SamplingConfig,
-    Ties,
 )
 from rlhf_pipeline.config.stages import (
     ChatConfig,
     CommandConfig,
+    DpoConfig,
     EvaluateConfig,
     GenerateConfig,
     PpoConfig,
@@ -271,12 +272,18 @@ def _stage(config: StageConfig) -> Iterator[str]:
     if isinstance(config, PretrainConfig) and config.model.path is not None and config.tokenizer.path is not None:
         yield "tokenizer.path: model.path brings its own tokenizer; leave one of them out"
     from_scratch = config.model.path is None and config.model.shape is not None
-    if isinstance(config, SftConfig | RmConfig | PpoConfig) and from_scratch and config.tokenizer.path is None:
+    if (
+        isinstance(config, SftConfig | RmConfig | PpoConfig | DpoConfig)
+        and from_scratch
+        and config.tokenizer.path is None
+    ):
         yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
     if isinstance(config, RmConfig):
         yield from _ranking(config)
     if isinstance(config, PpoConfig):
         yield from check_ppo(config)
+    if isinstance(config, DpoConfig):
+        yield from check_direct(config)
     if isinstance(config, SftConfig):
         if not 0 <= config.mix.ratio < 1:
             yield f"mix.ratio={config.mix.ratio}: must be at least 0 and less than 1"

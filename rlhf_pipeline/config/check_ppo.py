@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from rlhf_pipeline.config.check_scorers import scorers
 from rlhf_pipeline.config.ppo import (
     Estimator,
     KlControl,
     KlPlace,
     MissingEnd,
     RolloutConfig,
-    ScorerConfig,
     ValueInit,
 )
 from rlhf_pipeline.config.values import between, optimiser, positive, source
@@ -21,7 +20,6 @@ from rlhf_pipeline.config.values import between, optimiser, positive, source
 if TYPE_CHECKING:
     from rlhf_pipeline.config.stages import PpoConfig
 
-TAKEN = ("std", "final", "length_correlation")  # of metrics, after rollout/score_
 IN_GROUPS = (Estimator.rloo, Estimator.grpo)  # what compares the samples of a prompt
 
 
@@ -38,7 +36,11 @@ def check_ppo(config: PpoConfig) -> Iterator[str]:
             )
     yield from _rollout(config.rollout)
     yield from _episodes(config)
-    yield from _scorers(config.rewards)
+    if config.rewards and not any(one.weight for one in config.rewards.values()):
+        yield "rewards: every weight is 0, which is for scorers that are only logged; one must count"
+    if not config.rewards:
+        yield "rewards: names no scorer; add +rewards.<name>.model.path=<an artifact of rlhf rm>, or .program, or .url"
+    yield from scorers(config.rewards)
     yield from _kl(config)
     yield from _advantage(config)
     yield from _ptx(config)
@@ -80,35 +82,6 @@ def _episodes(config: PpoConfig) -> Iterator[str]:
                 yield f"{key}={value}: must be a multiple of rollout.samples={samples}: a prompt's samples stay together"
     if examples is not None and examples > config.rollout.episodes:
         yield f"batch.examples={examples}: more than the rollout.episodes={config.rollout.episodes} of an iteration"
-
-
-def _scorers(rewards: dict[str, ScorerConfig]) -> Iterator[str]:
-    if rewards and not any(one.weight for one in rewards.values()):
-        yield "rewards: every weight is 0, which is for scorers that are only logged; one must count"
-    if not rewards:
-        yield "rewards: names no scorer; add +rewards.<name>.model.path=<an artifact of rlhf rm>, or .program, or .url"
-    for name, one in rewards.items():
-        key = f"rewards.{name}"
-        if name in TAKEN:
-            yield f"{key}: rollout/score_{name} is another metric; choose another name"
-        if not str(name).isidentifier():
-            yield f"{key}: a scorer's name stands in the names of metrics; use letters, digits and _"
-        given = [what for what in ("model", "program", "url") if getattr(one, what) is not None]
-        if len(given) != 1:
-            found = "has none" if not given else f"has {' and '.join(given)}"
-            yield f"{key}: set exactly one of model, program and url; it {found}"
-        if one.model is not None and one.model.path is None:
-            yield f"{key}.model.path: has no value; name a reward model"
-        if one.program is not None and (one.program.count(":") != 1 or not all(one.program.split(":"))):
-            yield f"{key}.program={one.program}: must be module:function"
-        if one.url is not None and urlsplit(one.url).scheme not in ("http", "https"):
-            yield f"{key}.url: must begin with http:// or https://"
-        if one.max_length < 2:
-            yield f"{key}.max_length={one.max_length}: a prompt token and a response token need 2"
-        for field in ("batch_tokens", "batch", "timeout"):
-            yield from positive(f"{key}.{field}", getattr(one, field))
-        if one.retries < 0:
-            yield f"{key}.retries={one.retries}: must not be negative"
 
 
 def _kl(config: PpoConfig) -> Iterator[str]:

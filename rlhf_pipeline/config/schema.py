@@ -47,6 +47,11 @@ class Decay(StrEnum):
     cosine = "cosine"
 
 
+class Algorithm(StrEnum):
+    adamw = "adamw"
+    rmsprop = "rmsprop"  # torch's; betas[1] is its alpha, betas[0] is not used
+
+
 class OnBadRow(StrEnum):
     error = "error"
     skip = "skip"
@@ -111,23 +116,6 @@ class EvaluationKind(StrEnum):
 class Rankings(StrEnum):
     whole = "whole"  # all answers to a prompt are one example
     pairs = "pairs"  # every comparison is an example of its own, shuffled apart from the others
-
-
-class RankingLoss(StrEnum):
-    pairwise = "pairwise"  # Bradley-Terry over all pairs (Ouyang et al. 2022, equation 1)
-    plackett_luce = "plackett_luce"  # the whole order at once
-
-
-class Comparisons(StrEnum):
-    """By what the sum over a prompt's comparisons is divided."""
-
-    kept = "kept"  # those that are not left out as ties
-    literal = "literal"  # K over 2, as printed
-
-
-class Ties(StrEnum):
-    drop = "drop"  # as InstructGPT
-    model = "model"  # Davidson (1970): a tie is an outcome with a probability of its own
 
 
 @dataclass(kw_only=True, slots=True)
@@ -279,29 +267,6 @@ class AnswersConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RankingConfig:
-    """The reward model's loss; see docs/reward-model.md."""
-
-    loss: RankingLoss = RankingLoss.pairwise
-    divide_by: Comparisons = Comparisons.kept
-    ties: Ties = Ties.drop
-    margin: float = 0.0  # times the difference of the two scores (Llama 2); a row's own margin counts as that
-    label_smoothing: float = 0.0
-    soft_labels: float = 0.0  # c of the label sigmoid(c * (score_i - score_j)) of every two answers; 0: labels of 1
-    centring: float = 0.0  # weight of (r_w + r_l)^2 (Eisenstein et al. 2023)
-
-
-@dataclass(kw_only=True, slots=True)
-class NormaliseConfig:
-    """Demonstrations whose mean reward becomes the zero, and whose spread the unit, of all rewards (InstructGPT, 3.5)."""
-
-    train: Any = None  # as data.train; null: the preferred answers of data.train
-    format: str = "auto"
-    split: str = "train"
-    examples: int = 512  # at most
-
-
-@dataclass(kw_only=True, slots=True)
 class MixConfig:
     """Pretraining text mixed into fine-tuning: `ratio` of the examples of every global batch, on average."""
 
@@ -313,8 +278,9 @@ class MixConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. Nothing is left to an engine's default."""
+    """The optimiser and its schedule. Nothing is left to an engine's default."""
 
+    algorithm: Algorithm = Algorithm.adamw
     lr: float = MISSING
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_pipeline.config.direct import DirectConfig, DirectReferenceConfig, SampledConfig
 from rlhf_pipeline.config.ppo import (
     AdvantageConfig,
     EmaConfig,
@@ -16,6 +17,7 @@ from rlhf_pipeline.config.ppo import (
     RolloutConfig,
     ValueConfig,
 )
+from rlhf_pipeline.config.ranking import NormaliseConfig, RankingConfig
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
     BatchConfig,
@@ -27,10 +29,8 @@ from rlhf_pipeline.config.schema import (
     LoraConfig,
     MixConfig,
     ModelConfig,
-    NormaliseConfig,
     OptimConfig,
     PromptsConfig,
-    RankingConfig,
     ReadyModelConfig,
     RowKind,
     RuntimeConfig,
@@ -112,6 +112,16 @@ class PpoConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class DpoConfig(StageConfig):
+    """`rlhf dpo`: a policy straight from preferences, by the objective of your choice."""
+
+    objective: DirectConfig = field(default_factory=DirectConfig)
+    reference: DirectReferenceConfig = field(default_factory=DirectReferenceConfig)
+    sampled: SampledConfig = operational(factory=SampledConfig)
+    rewards: Any = operational(factory=dict)  # {name: ScorerConfig}: what scores the sampled answers; see PpoConfig
+
+
+@dataclass(kw_only=True, slots=True)
 class PrepConfig(CommandConfig):
     """`rlhf prep`: what a data set holds, before any training. `rlhf prep <stage>` takes that stage's config instead."""
 
@@ -180,6 +190,7 @@ STAGES: dict[str, type[CommandConfig]] = {
     "sft": SftConfig,
     "rm": RmConfig,
     "ppo": PpoConfig,
+    "dpo": DpoConfig,
     "prep": PrepConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,

@@ -14,16 +14,8 @@ from filelock import FileLock
 
 from rlhf_pipeline import runtime
 from rlhf_pipeline.config.ppo import PtxConfig
-from rlhf_pipeline.config.schema import (
-    DataConfig,
-    LongPrompt,
-    LongResponse,
-    LossOn,
-    MixConfig,
-    NormaliseConfig,
-    OnBadRow,
-    Rankings,
-)
+from rlhf_pipeline.config.ranking import NormaliseConfig
+from rlhf_pipeline.config.schema import DataConfig, LongPrompt, LongResponse, LossOn, MixConfig, OnBadRow, Rankings
 from rlhf_pipeline.data import hub, lab_files
 from rlhf_pipeline.data.contents import overlap
 from rlhf_pipeline.data.dataset import Progress, Source, build, split_heldout

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_pipeline import artifact, runtime
 from rlhf_pipeline.artifact import Kind
-from rlhf_pipeline.config.schema import Comparisons, RankingConfig, RankingLoss, Ties
+from rlhf_pipeline.config.ranking import Comparisons, RankingConfig, RankingLoss, Ties
 from rlhf_pipeline.config.stages import RmConfig
 from rlhf_pipeline.data import stage
 from rlhf_pipeline.data.contents import read_contents

@@ -26,7 +26,7 @@ from helpers_runs import (
     write_jsonl,
 )
 
-from rlhf_pipeline.config.schema import RankingConfig, Ties
+from rlhf_pipeline.config.ranking import RankingConfig, Ties
 from rlhf_pipeline.recipes.rm import TIE_STEP
 
 # 17 prompts in batches of 8: the last one of an epoch holds one, fewer than there are processes, and it ties throughout

@@ -42,7 +42,7 @@ from helpers_runs import (
 
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
-from rlhf_pipeline.config.schema import Comparisons, RankingConfig, RankingLoss, Ties
+from rlhf_pipeline.config.ranking import Comparisons, RankingConfig, RankingLoss, Ties
 
 BATCH, SEED, LAST = 8, 2, 15  # 15 steps in 3 epochs
 RM = [

@@ -14,7 +14,8 @@ import torch
 from helpers_rankings import plain_objective
 from torch import Tensor
 
-from rlhf_pipeline.config.schema import Comparisons, EvaluationConfig, RankingConfig, RankingLoss, Ties
+from rlhf_pipeline.config.ranking import Comparisons, RankingConfig, RankingLoss, Ties
+from rlhf_pipeline.config.schema import EvaluationConfig
 from rlhf_pipeline.data.loader import Layout
 from rlhf_pipeline.data.packing import PackedTrees, pack
 from rlhf_pipeline.data.tree import Tree

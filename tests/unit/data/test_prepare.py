@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.config.ranking import NormaliseConfig
 from rlhf_pipeline.config.schema import (
     DataConfig,
     LabConfig,
@@ -17,7 +18,6 @@ from rlhf_pipeline.config.schema import (
     LossOn,
     MixConfig,
     ModelConfig,
-    NormaliseConfig,
     OnBadRow,
     Rankings,
     ShapeConfig,
