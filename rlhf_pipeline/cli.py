@@ -18,6 +18,7 @@ TRAINING = {
     "sft": "Fine-tune a model on demonstrations.",
     "rm": "Train a reward model on rankings, K answers a prompt.",
     "ppo": "Train a policy against reward models, programs or served scorers, with a KL penalty.",
+    "dpo": "Train a policy straight from preferences: DPO, KTO, SimPO and ten more objectives.",
 }
 STAGES = {
     **TRAINING,

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.config.schema import Dtype, EngineConfig, Offload, OptimConfig
+from rlhf_pipeline.config.schema import Algorithm, Dtype, EngineConfig, Offload, OptimConfig
 from rlhf_pipeline.runtime import world_size
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its step count
+# torch's names of an optimiser's state, beside its step count.
+MOMENTS = {Algorithm.adamw: ("exp_avg", "exp_avg_sq"), Algorithm.rmsprop: ("square_avg",)}
 MASTER = "master"
 LR_SCALE = "lr_scale"  # an attribute of parameters whose learning rate is a multiple of the others'
 
@@ -82,7 +83,7 @@ class Slice:
 
     name: str
     start: int
-    tensors: dict[str, Tensor]  # MASTER and the MOMENTS, flat fp32 views; or whatever else there is one of an element
+    tensors: dict[str, Tensor]  # MASTER and the moments, flat fp32 views; or whatever else there is one of an element
 
     @property
     def numel(self) -> int:
@@ -101,15 +102,12 @@ class Engine:
         self.zero_stage = engine.zero_stage
         self.max_grad_norm = optim.max_grad_norm
         self.updates = 0  # made by the optimiser, before a resume and since
+        self.moments = MOMENTS[optim.algorithm]
         self.module = module if engine.zero_stage == 3 else module.to(device)
         config = deepspeed_json(engine, dtype=dtype, max_grad_norm=optim.max_grad_norm)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(module, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            fused=engine.offload_optimizer is Offload.none,
-        )
+        # To DeepSpeed an optimiser that is not on its list of a few is untested; here it is tested at every stage.
+        config["zero_allow_untested_optimizer"] = optim.algorithm is Algorithm.rmsprop
+        optimizer = _optimizer(module, optim, fused=engine.offload_optimizer is Offload.none)
         self._engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._engine.set_gradient_accumulation_boundary(False)
         self.names = {parameter: name for name, parameter in module.named_parameters()}
@@ -201,7 +199,7 @@ class Engine:
         return [s for p, name in self.names.items() if p.requires_grad for s in self._fragment_slice(p, name)]
 
     def set_updates(self, count: int) -> None:
-        """Tell the optimiser how many updates it has made: the moments' bias correction depends on it."""
+        """Tell the optimiser how many updates it has made: the bias correction of Adam's moments depends on it."""
         self.updates = count
         self._allocate_moments()
         for state in self._inner_optimizer().state.values():
@@ -238,12 +236,12 @@ class Engine:
         for flat in self._flat_masters():
             if not state[flat]:
                 state[flat]["step"] = torch.tensor(0.0, device=flat.device if flat.is_cuda else None)
-                for key in MOMENTS:
+                for key in self.moments:
                     state[flat][key] = torch.zeros_like(flat)
 
     def _whole_slice(self, parameter: nn.Parameter, name: str) -> Slice:
         state = self._inner_optimizer().state[parameter]
-        tensors = {MASTER: parameter.data.view(-1), **{key: state[key].view(-1) for key in MOMENTS}}
+        tensors = {MASTER: parameter.data.view(-1), **{key: state[key].view(-1) for key in self.moments}}
         return Slice(name, 0, tensors)
 
     def _fragment_slice(self, parameter: Any, name: str) -> list[Slice]:
@@ -254,7 +252,7 @@ class Engine:
         flat = self._flat_masters()[mapping.param_group_index]
         state, place = self._inner_optimizer().state[flat], mapping.hp_fragment_address
         tensors = {MASTER: flat.data.narrow(0, place.start, place.numel)}
-        tensors |= {key: state[key].narrow(0, place.start, place.numel) for key in MOMENTS}
+        tensors |= {key: state[key].narrow(0, place.start, place.numel) for key in self.moments}
         return [Slice(name, mapping.lp_fragment_address.start, tensors)]
 
     def _partition_slice(self, parameter: Any, name: str) -> list[Slice]:
@@ -267,13 +265,22 @@ class Engine:
         flat = optimizer.fp32_partitioned_groups_flat[group]
         state = optimizer.optimizer.state[flat]
         tensors = {MASTER: flat.data.narrow(0, offset, numel)}
-        tensors |= {key: state[key].narrow(0, offset, numel) for key in MOMENTS}
+        tensors |= {key: state[key].narrow(0, offset, numel) for key in self.moments}
         return [Slice(name, start, tensors)]
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _optimizer(module: nn.Module, optim: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """torch's. RMSprop is neither centred nor has it momentum, as in the DPO paper's code; torch has no fused one."""
+    groups = _parameter_groups(module, optim.weight_decay)
+    momentum, decay = optim.betas
+    if optim.algorithm is Algorithm.rmsprop:
+        return torch.optim.RMSprop(groups, lr=optim.lr, alpha=decay, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(momentum, decay), eps=optim.eps, fused=fused)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ def load(state: State, engines: Mapping[str, Engine], extra: Mapping[str, Sequen
     """Put the saved slices into engines and `extra`, whatever processes and ZeRO stage wrote them. By every rank.
 
     Raises:
-        UserError: when a parameter of an engine is not in the state.
+        UserError: when a parameter of an engine is not in the state, or its optimiser was another.
     """
     from safetensors import safe_open
 
@@ -140,6 +140,12 @@ def load(state: State, engines: Mapping[str, Engine], extra: Mapping[str, Sequen
             name, start, what = rest.rsplit("|", 2)
             saved[of, name, what].append((int(start), file, key))
     for of, engine in engines.items():
+        held = {what for name, _, what in saved if name == of}
+        if missing := [what for what in engine.moments if what not in held]:
+            raise UserError(
+                f"{state.path}: holds {', '.join(sorted(held))} of {of}, but not {' and '.join(missing)}; "
+                "it is of another optimiser: set optim.algorithm to that one, or start a run of another name"
+            )
         engine.set_updates(state.meta["updates"][of])
         with torch.no_grad():
             for own in (*engine.slices(), *extra.get(of, ())):

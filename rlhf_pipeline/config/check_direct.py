@@ -7,7 +7,15 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.config.check_scorers import scorers
-from rlhf_pipeline.config.direct import TRAITS, DirectConfig, PairRule, PairTies, Traits, Unit
+from rlhf_pipeline.config.direct import (
+    TRAITS,
+    DirectConfig,
+    PairRule,
+    PairTies,
+    Traits,
+    Unit,
+    UnlikelihoodForm,
+)
 from rlhf_pipeline.config.values import positive
 
 if TYPE_CHECKING:
@@ -58,6 +66,11 @@ def _parameters(objective: DirectConfig, traits: Traits) -> Iterator[str]:
             yield f"objective.{name}={value}: must not be negative"
     if objective.label_smoothing is not None and not 0 <= objective.label_smoothing < 0.5:
         yield f"objective.label_smoothing={objective.label_smoothing}: must be at least 0 and less than a half"
+    if objective.form is UnlikelihoodForm.sequence and (objective.alpha or 0) > 1:
+        yield (
+            f"objective.alpha={objective.alpha}: must be at most 1 with form=sequence, or pushing the rejected answer down "
+            "would pay more than the preferred one"
+        )
 
 
 def _pairs(objective: DirectConfig, traits: Traits) -> Iterator[str]:

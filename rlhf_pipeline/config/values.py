@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_pipeline.config.schema import OptimConfig
+from rlhf_pipeline.config.schema import Algorithm, OptimConfig
 
 SOURCE_KEYS = ("path", "weight", "format", "split", "columns")
 
@@ -69,6 +69,9 @@ def optimiser(key: str, optim: OptimConfig) -> Iterator[str]:
     for i, beta in enumerate(optim.betas):
         if not 0 <= beta < 1:
             yield f"{key}.betas[{i}]={beta}: must be at least 0 and less than 1"
+    if optim.algorithm is Algorithm.rmsprop and optim.weight_decay > 0:
+        decay = f"{key}.weight_decay={optim.weight_decay}"
+        yield f"{decay}: RMSprop has no decoupled weight decay; use 0, or {key}.algorithm=adamw"
     yield from between(f"{key}.final_lr_fraction", optim.final_lr_fraction, 0, 1)
     yield from between(f"{key}.warmup_fraction", optim.warmup_fraction, 0, 1)
     yield from between(f"{key}.warmup_start_fraction", optim.warmup_start_fraction, 0, 1)

@@ -70,10 +70,11 @@ def _conversation(read: Callable[[Fields], Messages]) -> _Makes:
 
 
 def _answers(read: Callable[[Fields], Answers]) -> _Makes:
-    """A ranking; its best answer is a demonstration."""
+    """A ranking; its best answer is a demonstration, the best are also wanted answers and the worst unwanted ones."""
     return {
         "ranking": lambda row: _ranking(read(row)),
         "demonstration": lambda row: _best(read(row)),
+        "feedback": lambda row: _extremes(read(row)),
         "prompt": lambda row: Prompt(read(row).prompt),
     }
 
@@ -91,6 +92,15 @@ def _ranking(found: Answers) -> Ranking:
     return Ranking(found.prompt, found.responses, found.ranks, found.scores)
 
 
+def _extremes(found: Answers) -> list[Record]:
+    """What is between the best and the worst is left out: nobody said that it was wanted, or that it was not."""
+    best, worst = min(found.ranks), max(found.ranks)
+    if best == worst:
+        raise BadRow("a tie says of no answer that it was wanted")
+    chosen = [(text, rank) for text, rank in zip(found.responses, found.ranks, strict=True) if rank in (best, worst)]
+    return [Feedback(found.prompt, text, rank == best) for text, rank in chosen]
+
+
 def _best(found: Answers) -> Demonstration:
     """The best answer, the first of several. Only it is learned: earlier ones stand before all alike, nobody chose them."""
     if not found.responses:
@@ -99,19 +109,8 @@ def _best(found: Answers) -> Demonstration:
 
 
 def _pair(read: Callable[[Fields], Answers]) -> _Makes:
-    """As `_answers`; the better one is also a wanted answer, the other an unwanted. A row may say by how much."""
-    read = comparisons.with_margin(read)
-
-    def feedback(row: Fields) -> list[Record]:
-        found = read(row)
-        if len({*found.ranks}) < 2:
-            raise BadRow("a tie says of no answer that it was wanted")
-        return [
-            Feedback(found.prompt, response, rank == 0)
-            for response, rank in zip(found.responses, found.ranks, strict=True)
-        ]
-
-    return {**_answers(read), "feedback": feedback}
+    """As `_answers`. A row may say by how much the one is better."""
+    return _answers(comparisons.with_margin(read))
 
 
 def _verdict(read: Callable[[Fields], Verdict]) -> _Makes:

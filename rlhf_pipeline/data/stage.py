@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.config.stages import PpoConfig, PretrainConfig, RmConfig, SftConfig, StageConfig
+from rlhf_pipeline.config.direct import TRAITS, Unit
+from rlhf_pipeline.config.stages import DpoConfig, PpoConfig, PretrainConfig, RmConfig, SftConfig, StageConfig
 from rlhf_pipeline.data import order, prepare
 from rlhf_pipeline.data.dataset import Progress, records_of
 from rlhf_pipeline.data.formats import Kind
@@ -28,6 +29,7 @@ KINDS: dict[str, Kind] = {  # of data_sets
     "demonstrations": "demonstration",
     "pretraining": "text",
     "rankings": "ranking",
+    "verdicts": "feedback",
     "prompts": "prompt",
 }
 MADE_FROM = "made_from.json"  # in the folder of a trained tokenizer
@@ -70,6 +72,10 @@ def data_sets(
         case RmConfig():
             rankings, heldout = prepare.train_and_heldout(data, renderer, kind="ranking", seed=seed, progress=progress)
             return {"rankings": rankings}, heldout
+        case DpoConfig():
+            name = preferences_of(config)
+            found, heldout = prepare.train_and_heldout(data, renderer, kind=KINDS[name], seed=seed, progress=progress)
+            return {name: found}, heldout
         case PpoConfig():
             prompts, heldout = prepare.train_and_heldout(data, renderer, kind="prompt", seed=seed, progress=progress)
             sets = {"prompts": prompts}
@@ -77,6 +83,11 @@ def data_sets(
                 sets["pretraining"] = prepare.pretraining_of(config.ptx, data, renderer, progress=progress)
             return sets, heldout
     raise AssertionError(type(config))
+
+
+def preferences_of(config: DpoConfig) -> str:
+    """What the objective learns from, a name of `KINDS`."""
+    return "verdicts" if TRAITS[config.objective.name].unit is Unit.verdicts else "rankings"
 
 
 def demonstrations_to_normalise(

@@ -8,9 +8,9 @@ import json
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,29 @@ class Block:
         digest.update(self.group)
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What each response token of a data set has beside its id, the trees one after the other in any order."""
+
+    flat: np.ndarray  # float32; may be a memory map
+    starts: np.ndarray  # int64 [trees], where the responses of each tree begin
+
+    @classmethod
+    def of(cls, flat: np.ndarray, response_tokens: np.ndarray) -> Numbers:
+        """In the order of the data set; `response_tokens` is int64 [trees]."""
+        ends = np.cumsum(response_tokens)
+        assert flat.dtype == np.float32 and flat.shape == (int(ends[-1]),), (flat.dtype, flat.shape, ends[-1])
+        return cls(np.asarray(flat), ends - response_tokens)  # a slice of a np.memmap object takes ten times as long
+
+    def split(self, index: int, lengths: Iterable[int]) -> tuple[np.ndarray, ...]:
+        """Of the responses of one tree, whose lengths these are."""
+        ends = list(accumulate(lengths, initial=int(self.starts[index])))
+        return tuple(self.flat[a:b] for a, b in pairwise(ends))
+
+
+NO_NUMBERS: Mapping[str, Numbers] = {}
+
+
 class TreeDataset:
     """Token trees on disk, or some of them in another order (`select`). `data[i].index` is i.
 
@@ -97,7 +120,7 @@ class TreeDataset:
     int64 [trees] is equal for equal prompts. `fingerprint` is a hash of the content. `counts` and `bad_rows`
     (the first few, with their reasons) tell what became of the rows of the source and are the same in a
     selection. A data set of several sources (`concatenate`) has their `shares`; `sources`, int64 [trees], says which
-    of them an example is from.
+    of them an example is from. Its trees have the `numbers` that it was given (`with_numbers`), else none.
     """
 
     def __init__(
@@ -110,6 +133,7 @@ class TreeDataset:
         fingerprint: str,
         shares: tuple[Share, ...] = (),
         sources: np.ndarray | None = None,
+        numbers: Mapping[str, Numbers] = NO_NUMBERS,
     ) -> None:
         self.counts = counts
         self.bad_rows = bad_rows
@@ -121,6 +145,7 @@ class TreeDataset:
         self.groups = np.concatenate([block.group for block in blocks])[rows]
         self.blocks = blocks
         self.rows = rows
+        self.numbers = numbers
         self._starts = np.cumsum([0, *map(len, blocks[:-1])]).tolist()
 
     def __len__(self) -> int:
@@ -141,6 +166,7 @@ class TreeDataset:
             index=int(index),
             ranks=block.ranks[first:end],
             scores=block.scores[first:end],
+            numbers={name: one.split(index, (b - a for a, b in spans)) for name, one in self.numbers.items()},
         )
 
     def origin(self, index: int) -> str:
@@ -160,7 +186,30 @@ class TreeDataset:
             fingerprint=digest.hexdigest(),
             shares=self.shares,
             sources=self.sources[indices],
+            numbers={name: Numbers(one.flat, one.starts[indices]) for name, one in self.numbers.items()},
         )
+
+    def with_numbers(self, name: str, flat: np.ndarray) -> TreeDataset:
+        """The same examples, whose trees have `numbers[name]`. The fingerprint stays: it is that of the examples.
+
+        Args:
+            flat: float32, of every response token of data[0], data[1] and so on.
+        """
+        return TreeDataset(
+            self.blocks,
+            self.rows,
+            counts=self.counts,
+            bad_rows=self.bad_rows,
+            fingerprint=self.fingerprint,
+            shares=self.shares,
+            sources=self.sources,
+            numbers={**self.numbers, name: Numbers.of(flat, self.response_tokens)},
+        )
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """Tokens of all responses of each tree, int64 [trees]."""
+        return self.lengths - np.concatenate([np.diff(block.prompt_at) for block in self.blocks])[self.rows]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -180,7 +229,8 @@ class TreeDataset:
 
 
 def concatenate(datasets: Sequence[TreeDataset], shares: Sequence[Share]) -> TreeDataset:
-    """The examples of several data sets, one after the other. One alone keeps its fingerprint."""
+    """The examples of several data sets, one after the other. One alone keeps its fingerprint. None has numbers yet."""
+    assert not any(one.numbers for one in datasets)
     firsts = np.cumsum([0, *(sum(map(len, one.blocks)) for one in datasets[:-1])])
     prints = [one.fingerprint for one in datasets]
     names = [f.name for f in dataclasses.fields(Counts) if f.name != "bad"]

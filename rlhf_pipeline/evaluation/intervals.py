@@ -49,7 +49,7 @@ def cluster_means(
     sums = np.bincount(cell, weights=values, minlength=shape[0] * shape[1]).reshape(shape)
     counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
     with np.errstate(invalid="ignore"):  # 0 / 0, a sample without a value of the group, is the NaN that is left out
-        redrawn = np.concatenate([(times @ sums) / (times @ counts) for times in _drawn(len(names), seed)])
+        redrawn = np.concatenate([(times @ sums) / (times @ counts) for times in drawn(len(names), seed)])
     low, high = np.nanpercentile(redrawn, [2.5, 97.5], axis=0)
     total, number = sums.sum(axis=0), counts.sum(axis=0)
     return [
@@ -64,7 +64,7 @@ def cluster_means(
     ]
 
 
-def _drawn(size: int, seed: int) -> Iterator[np.ndarray]:
+def drawn(size: int, seed: int) -> Iterator[np.ndarray]:
     """How often each of `size` prompts is in a sample, float [samples, size], for `RESAMPLES` samples in parts."""
     rng = np.random.default_rng(seed)
     part = max(1, _DRAWS_AT_ONCE // size)

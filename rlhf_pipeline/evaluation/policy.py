@@ -1,8 +1,8 @@
-"""What a policy is worth on held-out prompts while PPO trains it: scores, KL, and how often it beats the reference.
+"""What a policy is worth on held-out prompts while it is trained: scores, KL, and how often it beats the reference.
 
 One answer to each prompt, at the temperature of the rollouts and with the same random numbers at every evaluation, so that
 two evaluations differ by what was learned in between. How answers and log-probabilities are computed comes in from
-outside; results are the same on every rank.
+outside; results are the same on every rank. What has no reference has no KL, and what nothing scores has no score.
 
 Shapes: R responses, one to each prompt; L tokens of the longest.
 """
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.config.schema import EvaluationConfig
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.evaluation.intervals import cluster_means
 from rlhf_pipeline.functional import kl
@@ -42,7 +41,7 @@ class Policy:
 class _Scored:
     rollout: Rollout
     scores: dict[str, np.ndarray]  # by scorer, float64 [R]
-    total: np.ndarray  # float64 [R], weighed and added
+    total: np.ndarray | None  # float64 [R], weighed and added; None where nothing scores
 
 
 class HeldOutPrompts:
@@ -51,37 +50,45 @@ class HeldOutPrompts:
     def __init__(
         self,
         asked: Sequence[Asked],
-        config: EvaluationConfig,
         *,
         policy: Policy,
-        reference: Policy,
+        reference: Policy | None,
         sources: Mapping[str, Source],
+        samples: int,
         seed: int,
     ) -> None:
-        self.asked = list(asked)[: config.examples]
-        self.samples = config.samples
+        """Args:
+        asked: at least one.
+        reference: None for an objective without one.
+        sources: what scores the answers; may be empty.
+        samples: so many answers, from the start, are shown to people.
+        """
+        self.asked = list(asked)
         self.policy = policy
         self.reference = reference
         self.sources = sources
+        self.samples = samples
         self.seed = seed
         self._reference: _Scored | None = None
 
     def evaluate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """Figures of the policy as it is; the first `evaluation.samples` answers go to the tracker. Called by every rank.
+        """Figures of the policy as it is; the first `samples` answers go to the tracker. Called by every rank.
 
         Raises:
             UserError: on every rank, when answers cannot be drawn or scored.
         """
-        if self._reference is None:
+        if self._reference is None and self.reference is not None:
             self._reference = self._answered(self.reference)
         mine, theirs = self._answered(self.policy), self._reference
-        logprobs = self.policy.logprobs(mine.rollout.trees)
-        reference = self.reference.logprobs(mine.rollout.trees)
+        logprobs = reference = None
+        if self.reference is not None:
+            logprobs = self.policy.logprobs(mine.rollout.trees)
+            reference = self.reference.logprobs(mine.rollout.trees)
         tracker.samples(step, self._shown(mine, theirs))
         return measure(
             mine.scores,
             mine.total,
-            theirs.total,
+            None if theirs is None else theirs.total,
             logprobs=logprobs,
             reference=reference,
             mask=mine.rollout.mask,
@@ -91,34 +98,38 @@ class HeldOutPrompts:
 
     def _answered(self, who: Policy) -> _Scored:
         rollout = who.answer(self.asked, self.seed)
+        if not self.sources:
+            return _Scored(rollout=rollout, scores={}, total=None)
         scores = scoring.score(self.sources, episodes(rollout))
         return _Scored(rollout=rollout, scores=scores, total=scoring.total(scores, self.sources))
 
-    def _shown(self, mine: _Scored, theirs: _Scored) -> list[dict[str, str]]:
-        return [
-            {
-                "prompt": _text(self.asked[i]),
-                "response": mine.rollout.texts[i],
-                "score": f"{mine.total[i]:.4g}",
-                "reference": theirs.rollout.texts[i],
-                "reference_score": f"{theirs.total[i]:.4g}",
-            }
-            for i in range(min(self.samples, len(self.asked)))
-        ]
+    def _shown(self, mine: _Scored, theirs: _Scored | None) -> list[dict[str, str]]:
+        rows = []
+        for i in range(min(self.samples, len(self.asked))):
+            row = {"prompt": _text(self.asked[i])}
+            for name, score, one in (("response", "score", mine), ("reference", "reference_score", theirs)):
+                if one is not None:
+                    row[name] = one.rollout.texts[i]
+                if one is not None and one.total is not None:
+                    row[score] = f"{one.total[i]:.4g}"
+            rows.append(row)
+        return rows
 
 
 def measure(
     scores: Mapping[str, np.ndarray],
-    total: np.ndarray,
-    reference_total: np.ndarray,
+    total: np.ndarray | None,
+    reference_total: np.ndarray | None,
     *,
-    logprobs: Tensor,
-    reference: Tensor,
+    logprobs: Tensor | None,
+    reference: Tensor | None,
     mask: Tensor,
     finished: Tensor,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The figures by name. The win rate has a 95 % interval by a seeded bootstrap over prompts; a tie counts half.
+    """The figures by name, without those that something is missing for.
+
+    The win rate has a 95 % interval by a seeded bootstrap over prompts; a tie counts half.
 
     Args:
         scores: by scorer, [R], before weights.
@@ -127,16 +138,18 @@ def measure(
         mask: bool [R, L].
         finished: bool [R].
     """
-    wins = np.where(total == reference_total, 0.5, total > reference_total)
-    (won,) = cluster_means(wins, np.arange(len(wins)), seed=seed)
-    divergence = torch.where(mask, kl.k1(logprobs.double(), reference.double()), 0.0).sum(1)
-    return {
-        "eval/score": float(total.mean()),
-        **{f"eval/score_{name}": float(one.mean()) for name, one in scores.items()},
-        "eval/kl": float(divergence.mean()),
-        "eval/win_rate": won.mean,
-        "eval/win_rate_low": won.low,
-        "eval/win_rate_high": won.high,
+    found: dict[str, float] = {}
+    if total is not None:
+        found["eval/score"] = float(total.mean())
+        found |= {f"eval/score_{name}": float(one.mean()) for name, one in scores.items()}
+    if logprobs is not None and reference is not None:
+        divergence = torch.where(mask, kl.k1(logprobs.double(), reference.double()), 0.0).sum(1)
+        found["eval/kl"] = float(divergence.mean())
+    if total is not None and reference_total is not None:
+        wins = np.where(total == reference_total, 0.5, total > reference_total)
+        (won,) = cluster_means(wins, np.arange(len(wins)), seed=seed)
+        found |= {"eval/win_rate": won.mean, "eval/win_rate_low": won.low, "eval/win_rate_high": won.high}
+    return found | {
         "eval/length": float(mask.sum(1).double().mean()),
         "eval/ended": float(finished.double().mean()),
     }

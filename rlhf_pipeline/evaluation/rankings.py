@@ -12,7 +12,7 @@ import torch
 
 from rlhf_pipeline import runtime
 from rlhf_pipeline.config.schema import EvaluationConfig
-from rlhf_pipeline.data.loader import Layout, micro_batches
+from rlhf_pipeline.data.loader import Layout, Trees, micro_batches
 from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.engine import Engine
@@ -24,12 +24,13 @@ from rlhf_pipeline.models.tree_model import TreeBatch
 from rlhf_pipeline.tracking import Tracker
 
 Terms = Callable[[tuple[torch.Tensor, torch.Tensor | None], TreeBatch], Mapping[str, Term]]
+Numbers = Callable[[TreeBatch], tuple[torch.Tensor, Mapping[str, Term]]]  # [M, responses of the micro-batch]
 
 
 class Scored:
     """A fixed set of trees, packed once, whose responses are given rewards. Every rank builds and calls it together."""
 
-    def __init__(self, data: TreeDataset, layout: Layout, *, examples: int | None) -> None:
+    def __init__(self, data: Trees, layout: Layout, *, examples: int | None) -> None:
         size = len(data) if examples is None else min(examples, len(data))
         self.batches: list[PackedTrees] = micro_batches([data], [(0, i) for i in range(size)], layout)
         trees = [data[i] for i in range(size)]
@@ -40,19 +41,28 @@ class Scored:
         self.score = np.concatenate([tree.scores for tree in trees])
         self.length = np.array([len(response) for tree in trees for response in tree.responses])
 
-    @torch.no_grad()
     def rewards(self, engine: Engine, terms: Terms | None = None) -> tuple[np.ndarray, dict[str, float]]:
         """Rewards of all responses, float64 [R], the same on every rank; and the means of `terms` over the whole set."""
+
+        def numbers(batch: TreeBatch) -> tuple[torch.Tensor, Mapping[str, Term]]:
+            output = engine(batch)
+            return output[0][None], terms(output, batch) if terms else {}
+
+        (found,), means = self.collected(engine, numbers)
+        return found, means
+
+    @torch.no_grad()
+    def collected(self, engine: Engine, numbers: Numbers, *, each: int = 1) -> tuple[np.ndarray, dict[str, float]]:
+        """So many numbers of `each` response, float64 [M, R], the same on every rank; and the means of the terms."""
         engine.train(False)
-        found = np.zeros(len(self.prompt))
+        found = np.zeros((each, len(self.prompt)))
         sums: dict[str, float] = {}
         for packed in self.batches:
-            batch = TreeBatch.of(packed, engine.device)
-            output = engine(batch)
+            values, terms = numbers(TreeBatch.of(packed, engine.device))
             # Responses of a tree lie one after the other, in their own order.
             within = np.arange(len(packed.prompt)) - np.searchsorted(packed.prompt, packed.prompt)
-            found[self.first[packed.index] + within] = output[0].double().cpu().numpy()
-            for name, term in (terms(output, batch) if terms else {}).items():
+            found[:, self.first[packed.index] + within] = values.double().cpu().numpy()
+            for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.sum)
                 sums[f"{name}/count"] = sums.get(f"{name}/count", 0.0) + term.count
         engine.train()

@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_pipeline.data.packing import Segment
-from rlhf_pipeline.models.segment_batches import attend, plan_batches, prompt_before
+from rlhf_pipeline.models.segment_batches import (
+    Queries,
+    attend,
+    keys_before,
+    plan_batches,
+    softmax,
+    those_read,
+    whole,
+)
 
 NAME = "rlhf_paths"
 # Up to this many query-key pairs a segment is short: in a batch with others it is faster than by itself, where there are
@@ -43,7 +51,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def path_attention(
+def path_attention(  # noqa: PLR0913 - as transformers calls it
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -51,13 +59,15 @@ def path_attention(
     attention_mask: Tensor | None,
     *,
     tree_segments: tuple[Segment, ...] | None = None,
+    read_states: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """query [B, heads, T, D], key and value [B, key heads, T, D] -> [B, T, heads, D].
 
-    `tree_segments` lists the runs of tokens that the B * T positions consist of.
+    `tree_segments` lists the runs of tokens that the B * T positions consist of. In the last layer only what
+    `read_states` names (`last_layer`) is computed, and the rest of the result may hold anything.
     """
     if tree_segments is None and query.shape[2] == 1 and query.device.type == "cpu" and not dropout:
         return one_query(query, key, value, attention_mask, scaling), None
@@ -69,10 +79,14 @@ def path_attention(
         )
     rows, heads, width, _ = query.shape
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    short, long = _short_and_long(tree_segments, SHORT_MATRIX if query.dtype == torch.bfloat16 else SHORT, MANY)
+    chosen = whole(tree_segments)
+    if read_states is not None and is_last(module):
+        chosen = those_read(tree_segments, read_states.cpu().numpy()) or chosen  # of padding alone nothing is read
+    limit = SHORT_MATRIX if query.dtype == torch.bfloat16 else SHORT
+    short, long = _short_and_long(tree_segments, chosen, limit, MANY)
     out = _one_by_one(query, key, value, tree_segments, long, scale=scale, dropout=dropout) if long else None
-    if short:
-        plan = plan_batches(tree_segments, short, query.dtype, query.device)
+    if short or sum(one.count for one in chosen) < rows * width:
+        plan = plan_batches(tree_segments, short, long, query.dtype, query.device)
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         out = attend(q, k, v, plan, others=out, scale=scale, dropout=dropout)
     assert out is not None
@@ -93,17 +107,24 @@ def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return (scores.softmax(-1) @ value).reshape(rows, 1, heads, value.shape[3])
+    return (softmax(scores) @ value).reshape(rows, 1, heads, value.shape[3])
 
 
-@lru_cache(maxsize=2)  # every layer of a forward pass asks for the same
-def _short_and_long(segments: tuple[Segment, ...], limit: int, many: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of the segments that are computed in batches, and of those one by one."""
-    pairs = [segment.length * (segment.length + prompt_before(segment)) for segment in segments]
-    short = tuple(i for i, size in enumerate(pairs) if size <= limit)
+def is_last(module: Any) -> bool:
+    """Whether this attention is that of the last layer."""
+    return getattr(module, "layer_idx", None) == getattr(module.config, "num_hidden_layers", 0) - 1
+
+
+@lru_cache(maxsize=3)  # every layer of a forward pass asks for the same, and the last for its own
+def _short_and_long(
+    segments: tuple[Segment, ...], chosen: tuple[Queries, ...], limit: int, many: int
+) -> tuple[tuple[Queries, ...], tuple[Queries, ...]]:
+    """Queries that are computed in batches, and those whose segments are taken one by one."""
+    pairs = [one.count * (keys_before(segments, one) + one.count) for one in chosen]
+    short = tuple(one for one, size in zip(chosen, pairs, strict=True) if size <= limit)
     if len(short) < many:
-        return (), tuple(range(len(segments)))
-    return short, tuple(i for i, size in enumerate(pairs) if size > limit)
+        return (), chosen
+    return short, tuple(one for one, size in zip(chosen, pairs, strict=True) if size > limit)
 
 
 def _one_by_one(
@@ -111,15 +132,15 @@ def _one_by_one(
     key: Tensor,
     value: Tensor,
     segments: tuple[Segment, ...],
-    chosen: tuple[int, ...],
+    chosen: tuple[Queries, ...],
     *,
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """As `path_attention`, for the tokens of the `chosen` segments alone: [n, heads, D]."""
+    """As `path_attention`, for the `chosen` queries alone, one after the other: [n, heads, D]."""
     groups = query.shape[1] // key.shape[1]
     flat = _flat(query), _repeated(_flat(key), groups), _repeated(_flat(value), groups)
-    longest = max(segments[i].length for i in chosen)
+    longest = max(one.count for one in chosen)
     if query.dtype == torch.bfloat16 and longest <= LONGEST_MATRIX and not dropout:
         out: Tensor = _MatrixAttention.apply(*flat, segments, chosen, scale)
         return out
@@ -131,21 +152,17 @@ def _fused(
     key: Tensor,
     value: Tensor,
     segments: tuple[Segment, ...],
-    chosen: tuple[int, ...],
+    chosen: tuple[Queries, ...],
     *,
     scale: float,
     dropout: float,
 ) -> Tensor:
     """[heads, T, D] each -> [n, heads, D], by torch's own kernel."""
-    sizes = [segment.length for segment in segments]
-    queries, keys, values = (t.split(sizes, dim=1) for t in (query, key, value))
     outputs = []
-    for i in chosen:
-        segment, q, k, v, mask = segments[i], queries[i], keys[i], values[i], None
-        if segment.trunk is not None:
-            k = torch.cat([keys[segment.trunk][:, : segment.prompt_length], k], dim=1)
-            v = torch.cat([values[segment.trunk][:, : segment.prompt_length], v], dim=1)
-            mask = _causal(segment, q)
+    for one, here, seen in _places(segments, chosen):
+        q, k, v = query[:, here], _rows(key, seen), _rows(value, seen)
+        before = keys_before(segments, one)
+        mask = _causal(before, one.count, q) if before else None
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale
         )
@@ -163,14 +180,14 @@ class _MatrixAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         segments: tuple[Segment, ...],
-        chosen: tuple[int, ...],
+        chosen: tuple[Queries, ...],
         scale: float,
     ) -> Tensor:
         outputs, kept = [], []
-        for segment, here, seen in _places(segments, chosen):
+        for one, here, seen in _places(segments, chosen):
             k, v = _rows(key, seen), _rows(value, seen)
-            scores = torch.baddbmm(_causal(segment, query), query[:, here], k.transpose(1, 2), alpha=scale)
-            probabilities = scores.softmax(-1)
+            mask = _causal(keys_before(segments, one), one.count, query)
+            probabilities = softmax(torch.baddbmm(mask, query[:, here], k.transpose(1, 2), alpha=scale))
             outputs.append(torch.bmm(probabilities, v).transpose(0, 1))
             kept.append(probabilities)
         ctx.save_for_backward(query, key, value, *kept)
@@ -180,9 +197,7 @@ class _MatrixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        parts = (
-            grads[0].transpose(0, 1).split([ctx.segments[i].length for i in ctx.chosen], dim=1)
-        )  # [heads, R, D] each
+        parts = grads[0].transpose(0, 1).split([one.count for one in ctx.chosen], dim=1)  # [heads, count, D] each
         grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (_, here, seen), probabilities, g in zip(_places(ctx.segments, ctx.chosen), kept, parts, strict=True):
             k, v = _rows(key, seen), _rows(value, seen)
@@ -195,17 +210,17 @@ class _MatrixAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _places(segments: tuple[Segment, ...], chosen: tuple[int, ...]) -> Iterator[tuple[Segment, slice, list[slice]]]:
+def _places(segments: tuple[Segment, ...], chosen: tuple[Queries, ...]) -> Iterator[tuple[Queries, slice, list[slice]]]:
     """For each of the `chosen`: where its queries are, and the places of the keys that they see."""
     starts = list(accumulate((segment.length for segment in segments), initial=0))
-    for i in chosen:
-        segment = segments[i]
-        here = slice(starts[i], starts[i + 1])
-        if segment.trunk is None:
-            yield segment, here, [here]
-        else:
+    for one in chosen:
+        segment, start = segments[one.segment], starts[one.segment]
+        end = start + one.first + one.count
+        seen = [slice(start, end)]
+        if segment.trunk is not None:
             prompt = starts[segment.trunk]
-            yield segment, here, [slice(prompt, prompt + segment.prompt_length), here]
+            seen.insert(0, slice(prompt, prompt + segment.prompt_length))
+        yield one, slice(start + one.first, end), seen
 
 
 def _rows(tensor: Tensor, places: list[slice]) -> Tensor:
@@ -231,9 +246,8 @@ def _repeated(tensor: Tensor, groups: int) -> Tensor:
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=0)
 
 
-def _causal(segment: Segment, like: Tensor) -> Tensor:
-    """[R, P + R] additive mask: all of the prompt, and of the response what came before."""
-    before = prompt_before(segment)
-    mask = torch.zeros(segment.length, before + segment.length, dtype=like.dtype, device=like.device)
+def _causal(before: int, count: int, like: Tensor) -> Tensor:
+    """[count, before + count] additive mask: all that lies before, and of themselves what came earlier."""
+    mask = torch.zeros(count, before + count, dtype=like.dtype, device=like.device)
     blocked = torch.ones(mask.shape, dtype=torch.bool, device=like.device).triu_(before + 1)
     return mask.masked_fill_(blocked, torch.finfo(like.dtype).min)

@@ -33,6 +33,8 @@ class TreeScalar(TreeModule):
 class TreeScorer(TreeScalar):
     """`forward(batch)` gives the reward of every response, fp32 [R] (fp64 for fp64 weights), not normalised."""
 
+    reads_last = True
+
     def forward(self, batch: TreeBatch) -> Tensor:
         return self.head(self.hidden(batch)[batch.last])
 

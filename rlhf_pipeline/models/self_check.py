@@ -72,7 +72,8 @@ def _error_ratio(model: TreeModule, device: torch.device) -> float:
     batch = TreeBatch.of(packed, device)
     with _short_window(model.inner.config):
         right = _plain(model, trees, device)
-        wrong = _values(model, {"input_ids": batch.tokens, "position_ids": batch.positions}, batch.source, batch.target)
+        inputs = {"input_ids": batch.tokens, "position_ids": batch.positions}
+        wrong = _values(model, inputs, _read(model, batch), batch.target)
         error = (_packed(model, batch) - right).abs().mean()
     return float(error / (wrong - right).abs().mean())
 
@@ -80,13 +81,18 @@ def _error_ratio(model: TreeModule, device: torch.device) -> float:
 def _packed(model: TreeModule, batch: TreeBatch) -> Tensor:
     """What is to be checked: the log-probabilities by the model's own head, or the hidden states."""
     if not isinstance(model, TreeModel):
-        return model.hidden(batch)[batch.source]
+        return model.hidden(batch)[_read(model, batch)]
     before = model.fast_head, model.temperature, model.gives_entropy
     model.fast_head, model.temperature, model.gives_entropy = False, 1.0, False
     try:
         return model(batch)
     finally:
         model.fast_head, model.temperature, model.gives_entropy = before
+
+
+def _read(model: TreeModule, batch: TreeBatch) -> Tensor:
+    """Flat positions whose hidden states are compared."""
+    return batch.last if model.reads_last else batch.source
 
 
 def _head_is_plain(inner: Any, device: torch.device) -> bool:
@@ -130,8 +136,10 @@ def _plain(model: TreeModule, trees: list[Tree], device: torch.device) -> Tensor
     for tree in trees:
         for k in range(len(tree.responses)):
             path = torch.from_numpy(tree.path(k).astype(np.int64)).to(device)
-            source = torch.arange(len(tree.prompt) - 1, len(path) - 1, device=device)
-            parts.append(_values(model, {"input_ids": path[None]}, source, path[source + 1]))
+            first, end = (len(path) - 1, len(path)) if model.reads_last else (len(tree.prompt) - 1, len(path) - 1)
+            source = torch.arange(first, end, device=device)
+            target = path[(source + 1) % len(path)]
+            parts.append(_values(model, {"input_ids": path[None]}, source, target))
     return torch.cat(parts)
 
 

@@ -21,6 +21,7 @@ from rlhf_pipeline.data.packing import PackedTrees, Segment
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.functional.logprobs import linear_entropy, linear_logprobs, token_entropy, token_logprobs
 from rlhf_pipeline.models import path_attention
+from rlhf_pipeline.models.last_layer import LastLayer
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 BY_PLACE = ("mpt", "gpt_neo", "bloom")  # position biases or windows by place in the row; silently wrong when packed
@@ -44,6 +45,7 @@ class TreeBatch:
     rank: Tensor
     score: Tensor
     segments: tuple[Segment, ...]
+    read: Tensor  # int64, `source` sorted and without repetition: the states that a policy reads
     numbers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -53,7 +55,8 @@ class TreeBatch:
                 return {name: moved(one) for name, one in value.items()}
             return torch.from_numpy(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
-        return cls(**{name: moved(getattr(packed, name)) for name in cls.__dataclass_fields__})
+        given = {name: getattr(packed, name) for name in cls.__dataclass_fields__ if name != "read"}
+        return cls(**{name: moved(value) for name, value in given.items()}, read=moved(np.unique(packed.source)))
 
     def number(self, name: str) -> Tensor:
         """`numbers[name]`, fp32 [N]; all NaN where no tree of the micro-batch has it, empty where there are no trees."""
@@ -65,15 +68,20 @@ class TreeBatch:
 class TreeModule(nn.Module):
     """What all wrappers share: the transformers model `inner` and the form of attention it is run in."""
 
+    reads_last = (
+        False  # of the last hidden states, those of each response's last token, and not those before scored ones
+    )
+
     def __init__(self, inner: Any) -> None:
         """Starts with a dense mask, which needs nothing of the model; `use_attention` takes a faster form."""
         super().__init__()
         self.inner = inner
         self.attention = Attention.dense
         self.kinds = attention_kinds(inner.config)
+        self.last_layer = LastLayer(inner.base_model)
 
     def hidden(self, batch: TreeBatch) -> Tensor:
-        """Last hidden states [B * T, H]."""
+        """Last hidden states [B * T, H]; what `reads_last` does not name may hold anything."""
         return self.inner.base_model(**self.inputs(batch))[0].flatten(0, 1)
 
     def inputs(self, batch: TreeBatch) -> dict[str, Any]:
@@ -110,7 +118,11 @@ class TreeModule(nn.Module):
         if self.attention is Attention.paths:
             # transformers passes a mask of four dimensions on as it is; path_attention does not look at it.
             unused = torch.zeros(1, 1, 1, 1, device=batch.tokens.device)
-            return {"attention_mask": unused, "tree_segments": batch.segments}
+            return {
+                "attention_mask": unused,
+                "tree_segments": batch.segments,
+                "read_states": batch.last if self.reads_last else batch.read,
+            }
         return {"attention_mask": self.mask(batch)}
 
     def mask(self, batch: TreeBatch) -> Any:

@@ -1,7 +1,6 @@
 """The models of PPO: the policy and the value model that are trained, and the frozen reference.
 
-The reference is the model that the run starts from, or another one; with adapters it is the policy's own weights with
-the adapters off, and takes no memory. Scorers are opened by `scoring.sources`.
+The reference is opened by `models.reference`, scorers by `scoring.sources`.
 """
 
 from __future__ import annotations
@@ -16,48 +15,15 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.config.ppo import Estimator, ValueInit
-from rlhf_pipeline.config.schema import ReadyModelConfig
 from rlhf_pipeline.config.stages import PpoConfig
 from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.engine import Engine, deepspeed_json
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.implicit import check_same_words, open_policy
-from rlhf_pipeline.models.load import load_critic, load_policy
-from rlhf_pipeline.models.lora import adapters_off
+from rlhf_pipeline.models.load import load_critic
+from rlhf_pipeline.models.reference import Reference, logprobs_of, open_reference
 from rlhf_pipeline.models.self_check import self_check
+from rlhf_pipeline.models.trained import open_trained_policy
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
-
-
-def logprobs_of(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Of a policy's output, which has entropies beside them where there is a bonus for those."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-class Reference:
-    """The frozen policy: its log-probabilities of a micro-batch, at the policy's temperature."""
-
-    def __init__(self, model: TreeModel | None, policy: Engine, *, device: torch.device, offload: bool) -> None:
-        """`model: None` takes the policy without its adapters."""
-        self.model, self.policy = model, policy
-        self.device, self.offload = device, offload
-        if model is not None and offload:
-            model.to("cpu")
-
-    @contextmanager
-    def ready(self) -> Iterator[Any]:
-        """Within it, what gives log-probabilities fp32 [N] of a TreeBatch, without gradient."""
-        with torch.no_grad():
-            if self.model is None:
-                with adapters_off(self.policy.module):
-                    yield lambda batch: logprobs_of(self.policy(batch))
-                return
-            if self.offload:
-                self.model.to(self.device)
-            try:
-                yield self.model
-            finally:
-                if self.offload:
-                    self.model.to("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,41 +74,16 @@ def open_models(config: PpoConfig, tokenizer: Any, device: torch.device) -> Mode
     return Models(
         policy=policy,
         policy_engine=engine,
-        reference=_reference(config, tokenizer, engine, device),
+        reference=open_reference(config, tokenizer, engine, temperature=config.rollout.temperature),
         value_engine=_value(config, tokenizer, device) if config.advantage.estimator is Estimator.gae else None,
     )
 
 
 def _policy(config: PpoConfig, tokenizer: Any, device: torch.device) -> tuple[TreeModel, Engine]:
-    json = deepspeed_json(config.engine, dtype=config.model.dtype, max_grad_norm=config.optim.max_grad_norm)
-    policy = load_policy(
-        config.model, lora=config.lora, tokenizer=tokenizer, seed=config.seed, device=device, deepspeed_config=json
-    )
-    engine = Engine(policy, engine=config.engine, optim=config.optim, dtype=config.model.dtype, device=device)
-    self_check(policy, device)
+    policy, engine = open_trained_policy(config, tokenizer, device)
     policy.temperature = config.rollout.temperature
     policy.gives_entropy = config.policy.entropy > 0
     return policy, engine
-
-
-def _reference(config: PpoConfig, tokenizer: Any, policy: Engine, device: torch.device) -> Reference:
-    path = config.reference.path
-    if path is None and config.lora is not None:
-        return Reference(None, policy, device=device, offload=False)
-    if path is not None:
-        try:
-            check_same_words(tokenizer, path, config.tokenizer)
-        except UserError as error:
-            raise UserError(f"reference.path={path}: {error}") from error
-    model = ReadyModelConfig(
-        path=path or config.model.path,
-        dtype=config.model.dtype,
-        revision=None if path else config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    reference = open_policy(model, tokenizer, device, attention=config.model.attention)
-    reference.temperature = config.rollout.temperature
-    return Reference(reference, policy, device=device, offload=config.reference.offload)
 
 
 def _value(config: PpoConfig, tokenizer: Any, device: torch.device) -> Engine:

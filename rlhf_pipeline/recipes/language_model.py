@@ -13,14 +13,12 @@ from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.data.packing import PackedTrees
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.store import TreeDataset
-from rlhf_pipeline.engine import Engine, deepspeed_json
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.heldout import HeldOut
 from rlhf_pipeline.functional.losses.lm import negative_log_likelihood
 from rlhf_pipeline.functional.terms import Term
-from rlhf_pipeline.models.load import load_policy
-from rlhf_pipeline.models.self_check import self_check
-from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
+from rlhf_pipeline.models.trained import open_trained_policy
+from rlhf_pipeline.models.tree_model import TreeBatch
 from rlhf_pipeline.recipes import training
 from rlhf_pipeline.run import Run
 from rlhf_pipeline.tracking import Tracker
@@ -45,7 +43,7 @@ def train(
     """
     runtime.join_process_group(process, timeout_minutes=config.runtime.rank_timeout_minutes)
     names = list(data)
-    policy, engine = _model(config, renderer, torch.device(process.device))
+    policy, engine = open_trained_policy(config, renderer.tokenizer, torch.device(process.device))
     held_out = HeldOut(heldout, training.layout_of(config, policy), config.evaluation, seed=config.seed)
 
     def evaluate(step: int, tracker: Tracker) -> dict[str, float]:
@@ -95,18 +93,3 @@ def loss_counts(micro: PackedTrees, names: list[str]) -> dict[str, float]:
         group = micro.group[micro.sequence]
         counts |= {f"loss_{name}": float((group == i).sum()) for i, name in enumerate(names)}
     return counts
-
-
-def _model(config: StageConfig, renderer: Renderer, device: torch.device) -> tuple[TreeModel, Engine]:
-    json = deepspeed_json(config.engine, dtype=config.model.dtype, max_grad_norm=config.optim.max_grad_norm)
-    policy = load_policy(
-        config.model,
-        lora=config.lora,
-        tokenizer=renderer.tokenizer,
-        seed=config.seed,
-        device=device,
-        deepspeed_config=json,
-    )
-    engine = Engine(policy, engine=config.engine, optim=config.optim, dtype=config.model.dtype, device=device)
-    self_check(policy, device)
-    return policy, engine

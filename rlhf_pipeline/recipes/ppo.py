@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_pipeline import artifact, health, resume, runtime
 from rlhf_pipeline.artifact import Kind, Parent
@@ -27,15 +26,14 @@ from rlhf_pipeline.data.order import BatchOrder
 from rlhf_pipeline.data.progress import terminal_progress
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.store import TreeDataset
-from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.ema import Ema
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.answering import held_out_policies
 from rlhf_pipeline.evaluation.implicit import context_of
-from rlhf_pipeline.evaluation.policy import HeldOutPrompts, Policy
+from rlhf_pipeline.evaluation.policy import HeldOutPrompts
 from rlhf_pipeline.fit import Schedule, Stopped
 from rlhf_pipeline.generation.prompt_sets import PromptSet, prompt_sets
 from rlhf_pipeline.generation.prompts import Asked
-from rlhf_pipeline.models.lora import adapters_off
 from rlhf_pipeline.ppo import updates
 from rlhf_pipeline.ppo.clock import Clock
 from rlhf_pipeline.ppo.experience import Control, Experience, evaluate, measured, shape
@@ -261,39 +259,23 @@ def _train(
 
 def _held_out(loop: Loop, heldout: PromptSet) -> HeldOutPrompts:
     """The policy, and the reference, on prompts that nothing is learnt from."""
-    models, options = loop.models, replace(loop.config.rollout, samples=1)
-    device = models.policy_engine.device
-
-    def drawn(model: Any, asked: Sequence[Asked], seed: int) -> Rollout:
-        return roll_out(model, asked, options, renderer=loop.renderer, seed=seed, first=0)
-
-    def of_policy(asked: Sequence[Asked], seed: int) -> Rollout:
-        return loop.answer(asked, options, seed=seed, first=0)
-
-    def of_reference(asked: Sequence[Asked], seed: int) -> Rollout:
-        if models.reference.model is not None:
-            with models.reference.ready():
-                return drawn(models.reference.model.inner, asked, seed)
-        with sampling_model(models.policy_engine, models.policy, options) as model, adapters_off(model):
-            return drawn(model, asked, seed)
-
-    def policy_logprobs(trees: list[Tree]) -> Tensor:
-        with models.evaluating():
-            found: Tensor = per_token(models.logprobs, trees, loop.layout, device)
-        return found
-
-    def reference_logprobs(trees: list[Tree]) -> Tensor:
-        with models.evaluating(), models.reference.ready() as reference:
-            found: Tensor = per_token(reference, trees, loop.layout, device)
-        return found
-
+    models, config = loop.models, loop.config
+    policy, reference = held_out_policies(
+        models.policy,
+        models.policy_engine,
+        lambda: models.reference,
+        replace(config.rollout, samples=1),
+        renderer=loop.renderer,
+        layout=loop.layout,
+        evaluating=models.evaluating,
+    )
     return HeldOutPrompts(
-        heldout.asked,
-        loop.config.evaluation,
-        policy=Policy(answer=of_policy, logprobs=policy_logprobs),
-        reference=Policy(answer=of_reference, logprobs=reference_logprobs),
+        heldout.asked[: config.evaluation.examples],
+        policy=policy,
+        reference=reference,
         sources=loop.sources,
-        seed=loop.config.seed + HELD_OUT,
+        samples=config.evaluation.samples,
+        seed=config.seed + HELD_OUT,
     )
 
 

@@ -18,7 +18,7 @@ from rlhf_pipeline.config.identity import plain
 from rlhf_pipeline.config.schema import Attention
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.data import stage
-from rlhf_pipeline.data.loader import Layout, TreeStream
+from rlhf_pipeline.data.loader import Example, Layout, TreeStream
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.engine import Engine, Slice
@@ -47,6 +47,7 @@ class Task:
     facts: Callable[[], dict[str, Any]] = (
         dict  # more of the manifest, known when the artifact is written; by every rank
     )
+    before: Callable[[Sequence[Example]], None] | None = None  # told a step's examples before its update; by every rank
 
 
 def train(  # noqa: PLR0913 - each is a noun of a run, and named
@@ -94,17 +95,22 @@ def train(  # noqa: PLR0913 - each is a noun of a run, and named
             )
             tracker.info(f"epoch {epoch}: {run.epoch_artifact(epoch)}")
 
+        def batches(step: int) -> Step:
+            if task.before is not None:
+                task.before(stream.examples(step))
+            return Step(
+                micro_batches=stream.micro_batches(step),
+                epoch=batch_order.place(step)[0],
+                ends_epoch=batch_order.ends_epoch(step),
+                origins=lambda: stream.origins(step),
+            )
+
         try:
             fit(
                 engine=task.engine,
                 run=run,
                 schedule=Schedule.of(config, num_steps),
-                batches=lambda step: Step(
-                    micro_batches=stream.micro_batches(step),
-                    epoch=batch_order.place(step)[0],
-                    ends_epoch=batch_order.ends_epoch(step),
-                    origins=lambda: stream.origins(step),
-                ),
+                batches=batches,
                 loss=task.loss,
                 counts=task.counts,
                 evaluate=lambda step: task.evaluate(step, tracker),

@@ -6,6 +6,8 @@ First what times a TRL trainer, then what builds the models and times one of our
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -153,6 +155,44 @@ def install_trl(python: Path = TRL_PYTHON, requirements: str = "requirements.txt
     subprocess.run([*pip, "-r", HERE / requirements], check=True)
 
 
+def parser_of(description: str | None, *, seconds: float, sizes: list[str], work: str) -> argparse.ArgumentParser:
+    """The options that these benchmarks share, with the defaults of one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("RLHF_TEST_DATA")
+    parser.add_argument("--data", type=Path, default=default, required=default is None, help="folder with the files")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=seconds, help="timed, each run")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", nargs="+", default=sizes, choices=list(SHAPES))
+    parser.add_argument("--only", help="only runs with this in their name")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / work)
+    return parser
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], dict[str, float]]], *, rounds: int, work: Path, only: str | None = None
+) -> dict[str, list[dict[str, float]]]:
+    """The figures of every run with `only` in its name, round by round; shown and written as they come."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contestants if not only or only in name}
+    for number in range(rounds):
+        for name in results:
+            figures = contestants[name]()
+            results[name].append(figures)
+            shown = ", ".join(f"{key} {value:,.2f}" for key, value in figures.items())
+            print(f"round {number + 1}  {name}: {shown}", flush=True)
+            (work / "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def own_tokenizer(documents: list[str]) -> Any:
     """A byte-level BPE of 8,192 tokens, with the dialogue template."""
     from rlhf_pipeline.config.schema import TokenizerConfig
@@ -175,6 +215,17 @@ def llama(size: str, tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def first_epoch(stage: str, overrides: list[str], work: Path) -> tuple[list[list[Any]], Any]:
+    """The trees of our side's first epoch, batch by batch; and the order of all batches."""
+    from rlhf_pipeline.config.compose import compose
+    from rlhf_pipeline.data import stage as data_of
+
+    config: Any = compose(stage, [f"runs={work}", *overrides])
+    data = next(iter(data_of.data_sets(config, data_of.open_renderer(config))[0].values()))
+    order = data_of.batch_order(config, data)
+    return [[data[int(i)] for i in order.indices(step)] for step in range(len(order.starts[0]) - 1)], order
 
 
 def run_trl(script: str, options: list[Any], python: Path = TRL_PYTHON) -> dict[str, Any]:

@@ -18,9 +18,6 @@ Last, sampling alone beside transformers' `generate` (`ppo_rollout.py`).
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import HERE, ROOT, SHAPES, TRL_PPO_PYTHON, install_trl, llama, machine, own_tokenizer, run_ours, run_trl
+from common import (
+    HERE,
+    TRL_PPO_PYTHON,
+    install_trl,
+    llama,
+    machine,
+    own_tokenizer,
+    parser_of,
+    read_rows,
+    run_ours,
+    run_trl,
+    take_turns,
+    write_rows,
+)
 
 EPISODES = 64  # in an iteration
 MINIBATCH = 16
@@ -50,17 +60,9 @@ OUR_RUNS = {"rlhf ppo, bf16": "bfloat16", "rlhf ppo, fp32": "float32"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("RLHF_TEST_DATA")
-    parser.add_argument("--data", type=Path, default=default, required=default is None, help="folder with the files")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0, help="timed, each run")
+    parser = parser_of(__doc__, seconds=30.0, sizes=["small"], work="bench-ppo")
     parser.add_argument("--skip", type=int, default=1, help="iterations of each run before the timing starts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sizes", nargs="+", default=["small"], choices=list(SHAPES))
-    parser.add_argument("--only", help="only runs with this in their name")
     parser.add_argument("--parts", nargs="+", default=["check", "train", "rollout"])
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench-ppo")
     arguments = parser.parse_args()
     install_trl(TRL_PPO_PYTHON, "requirements-ppo.txt")
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,8 @@ def main() -> None:
     if "check" in arguments.parts:
         check(arguments)
     if "train" in arguments.parts:
-        report(trained(arguments), arguments)
+        runs = contestants(arguments)
+        report(take_turns(runs, rounds=arguments.rounds, work=arguments.work, only=arguments.only), arguments)
     if "rollout" in arguments.parts:
         for size in arguments.sizes:
             files = ["--model", str(arguments.work / size / "policy"), "--data", str(arguments.work / "prompts.jsonl")]
@@ -79,17 +82,12 @@ def main() -> None:
 def prepare(source: Path, arguments: argparse.Namespace) -> None:
     """Write dialogues and the tokens of their prompts, train a tokenizer, build the models."""
     work = arguments.work
-    with gzip.open(source / "hh_harmless.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    write(work / "hh.jsonl", rows)
+    rows = list(read_rows(source / "hh_harmless.jsonl.gz"))
+    write_rows(work / "hh.jsonl", rows)
     tokenizer = own_tokenizer([row["chosen"] for row in rows])
     for size in arguments.sizes:
         build(size, tokenizer, work)
-    write(work / "prompts.jsonl", [{"input_ids": tokens} for tokens in prompts(arguments)])
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(work / "prompts.jsonl", [{"input_ids": tokens} for tokens in prompts(arguments)])
 
 
 def build(size: str, tokenizer: Any, work: Path) -> None:
@@ -191,21 +189,6 @@ def first_of_ours(arguments: argparse.Namespace, size: str) -> dict[str, float]:
         "updates": state.meta["updates"]["policy"],
         "trained_tokens": round(line["rollout/length"] * EPISODES) * EPOCHS,
     }
-
-
-def trained(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The figures of every run, by its name, round by round."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    for number in range(arguments.rounds):
-        for name, measure in contestants(arguments).items():
-            if arguments.only and arguments.only not in name:
-                continue
-            figures = measure()
-            results.setdefault(name, []).append(figures)
-            shown = ", ".join(f"{key} {value:,.2f}" for key, value in figures.items())
-            print(f"round {number + 1}  {name}: {shown}", flush=True)
-            (arguments.work / "results.json").write_text(json.dumps(results, indent=1))
-    return results
 
 
 def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:

@@ -16,20 +16,31 @@ the steady steps, time to the first step left out, and peak resident memory.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
-import os
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import ROOT, SHAPES, SKIP, install_trl, llama, machine, own_tokenizer, run_ours, run_trl
+from common import (
+    SHAPES,
+    SKIP,
+    first_epoch,
+    install_trl,
+    llama,
+    machine,
+    own_tokenizer,
+    parser_of,
+    read_rows,
+    run_ours,
+    run_trl,
+    take_turns,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from rlhf_pipeline.data.order import BatchOrder
@@ -61,18 +72,10 @@ TRL_RUNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("RLHF_TEST_DATA")
-    parser.add_argument("--data", type=Path, default=default, required=default is None, help="folder with the files")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="timed, each run")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser = parser_of(__doc__, seconds=15.0, sizes=list(SHAPES), work="bench-rm")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--only", help="only runs with this in their name")
     parser.add_argument("--skip-check", action="store_true", help="do not compare the losses first")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench-rm")
     arguments = parser.parse_args()
     install_trl()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -80,17 +83,7 @@ def main() -> None:
     if not arguments.skip_check:
         for task in arguments.tasks:
             check(arguments, task)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for number in range(arguments.rounds):
-        for name, measure in contestants(arguments).items():
-            if arguments.only and arguments.only not in name:
-                continue
-            figures = measure()
-            results.setdefault(name, []).append(figures)
-            shown = ", ".join(f"{key} {value:,.2f}" for key, value in figures.items())
-            print(f"round {number + 1}  {name}: {shown}", flush=True)
-            (arguments.work / "results.json").write_text(json.dumps(results, indent=1))
-    report(results)
+    report(take_turns(contestants(arguments), rounds=arguments.rounds, work=arguments.work, only=arguments.only))
 
 
 def prepare(source: Path, work: Path, sizes: list[str]) -> None:
@@ -98,9 +91,9 @@ def prepare(source: Path, work: Path, sizes: list[str]) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    pairs, rankings = list(read(source / "hh_harmless.jsonl.gz")), list(read(source / "alpaca_kwise.jsonl.gz"))
-    write(work / "hh.jsonl", pairs)
-    write(work / "rankings.jsonl", filter(None, map(strictly_ranked, rankings)))
+    pairs, rankings = (list(read_rows(source / f"{name}.jsonl.gz")) for name in ("hh_harmless", "alpaca_kwise"))
+    write_rows(work / "hh.jsonl", pairs)
+    write_rows(work / "rankings.jsonl", filter(None, map(strictly_ranked, rankings)))
     tokenizer = own_tokenizer(
         [row["chosen"] for row in pairs] + [text for row in rankings for text in row["responses"]]
     )
@@ -112,15 +105,6 @@ def prepare(source: Path, work: Path, sizes: list[str]) -> None:
         torch.nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
         model.save_pretrained(work / size)
         tokenizer.save_pretrained(work / size)
-
-
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def write(path: Path, rows: Any) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def strictly_ranked(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -159,23 +143,15 @@ def overrides(arguments: argparse.Namespace, size: str, task: str, *, dtype: str
 
 def write_pairs(arguments: argparse.Namespace, size: str, task: str, *, examples: int) -> tuple[Path, BatchOrder]:
     """Our side's examples as TRL reads them, in the order of our first epoch; and that order."""
-    from rlhf_pipeline.config.compose import compose
-    from rlhf_pipeline.data import stage
-
     chosen = overrides(arguments, size, task, dtype="float32", examples=examples)
-    config: Any = compose("rm", [f"runs={arguments.work}", *chosen])
-    renderer = stage.open_renderer(config)
-    data = stage.data_sets(config, renderer)[0]["rankings"]
-    order = stage.batch_order(config, data)
-    first, *others = (
-        [tree_pairs(data[int(i)]) for i in order.indices(step)] for step in range(len(order.starts[0]) - 1)
-    )
+    batches, order = first_epoch("rm", chosen, arguments.work)
+    first, *others = ([tree_pairs(tree) for tree in batch] for batch in batches)
     head = [pair for pairs in first for pair in pairs]
     tail = [pair for batch in others for pairs in batch for pair in pairs]
     if TASKS[task].per_example > 1:
         random.Random(0).shuffle(tail)
     path = arguments.work / f"{task}-{examples}.jsonl"
-    write(path, head + tail)
+    write_rows(path, head + tail)
     return path, order
 
 

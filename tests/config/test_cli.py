@@ -23,7 +23,7 @@ def test_help_imports_nothing(rlhf: Any) -> None:
     run = rlhf("--help")
     assert run.code == 0 and "typer" in run.imported
     assert not run.imported & {*HEAVY, "hydra", "omegaconf", "numpy", "yaml"}
-    assert all(f" {command} " in run.out for command in ("pretrain", "sft", "launch", "version"))
+    assert all(f" {command} " in run.out for command in ("pretrain", "sft", "dpo", "launch", "version"))
 
 
 def test_version(rlhf: Any) -> None:

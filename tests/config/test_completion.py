@@ -21,7 +21,20 @@ ENGINES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     [
         (
             ["rlhf", ""],
-            ["pretrain", "sft", "rm", "ppo", "prep", "generate", "chat", "score", "evaluate", "launch", "version"],
+            [
+                "pretrain",
+                "sft",
+                "rm",
+                "ppo",
+                "dpo",
+                "prep",
+                "generate",
+                "chat",
+                "score",
+                "evaluate",
+                "launch",
+                "version",
+            ],
         ),
         (["rlhf", "prep", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sf"], ["sft"]),
@@ -88,6 +101,23 @@ def test_real_bash(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_candidates(line: str, expected: list[str]) -> None:
     assert complete("sft", line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rlhf dpo objective=c", ["objective=cdpo", "objective=cpo"]),
+        ("rlhf dpo obj", ["objective.", "objective="]),
+        ("rlhf dpo objective=simpo objective.g", ["objective.gamma="]),
+        ("rlhf dpo objective.reduction=", ["objective.reduction=sum", "objective.reduction=mean"]),
+        ("rlhf dpo objective.ties=h", ["objective.ties=half"]),
+        ("rlhf dpo objective.form=t", ["objective.form=token"]),
+        ("rlhf dpo experiment=simpo_m", ["experiment=simpo_mistral_base_dpo", "experiment=simpo_mistral_instruct_dpo"]),
+        ("rlhf dpo sampled.t", ["sampled.temperature="]),
+    ],
+)  # fmt: skip
+def test_objectives(line: str, expected: list[str]) -> None:
+    assert complete("dpo", line) == expected
 
 
 @pytest.mark.parametrize(

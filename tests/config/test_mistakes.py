@@ -113,6 +113,10 @@ COMBINATIONS: list[tuple[list[str], str]] = [
     (["mix.ratio=1", "mix.train=text"], "mix.ratio=1.0: must be at least 0 and less than 1"),
     (["optim.betas=[0.9]"], "optim.betas=[0.9]: Adam has two"),
     (["optim.betas=[0.9,1.0]"], "optim.betas[1]=1.0: must be at least 0 and less than 1"),
+    (
+        ["optim.algorithm=rmsprop", "optim.weight_decay=0.1"],
+        "optim.weight_decay=0.1: RMSprop has no decoupled weight decay; use 0, or optim.algorithm=adamw",
+    ),
     (["optim.warmup_steps=-1"], "optim.warmup_steps=-1: must not be negative"),
     (["train.epochs=0"], "train.epochs=0: must be more than 0"),
     (["name=a/b"], "name='a/b': a run's name is a folder name"),

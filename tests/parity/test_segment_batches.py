@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,46 @@ def test_batches_are_each_segment_by_itself(
     segment_batches.plan_batches.cache_clear()
 
 
+@pytest.mark.parametrize("short", [0, 25, 10_000])  # none is short, some, all
+@pytest.mark.parametrize("read", [[0], [6, 9, 10, 11], [3, 4, 25], list(range(7, 27))])
+def test_the_last_layer_computes_what_is_read(
+    read: list[int], short: int, monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(paths_module, "SHORT", short)
+    monkeypatch.setattr(paths_module, "MANY", 1)
+    generator = torch.Generator().manual_seed(2)
+    count = sum(segment.length for segment in RANKINGS)
+    states = [torch.randn(1, 2, count, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    grad = torch.zeros(1, count, 2, 4, dtype=torch.float64)
+    grad[:, read] = torch.randn(1, len(read), 2, 4, generator=generator, dtype=torch.float64)
+    last = SimpleNamespace(layer_idx=2, config=SimpleNamespace(num_hidden_layers=3))
+    first = SimpleNamespace(layer_idx=0, config=last.config)
+    options = {"tree_segments": RANKINGS, "read_states": torch.tensor(read), "scaling": 0.4}
+
+    whole, _ = paths_module.path_attention(first, *states, None, **options)
+    assert_close(whole, one_by_one(*states, RANKINGS, 0.4), rtol=1e-9, atol=1e-12)
+    some, _ = paths_module.path_attention(last, *states, None, **options)
+    assert_close(some[:, read], whole[:, read], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(some, whole)  # it did leave something out
+    expected = torch.autograd.grad(whole, states, grad)
+    for one, other in zip(torch.autograd.grad(some, states, grad), expected, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_softmax_by_way_of_fp32_is_torchs_own(assert_close: Callable[..., None]) -> None:
+    scores = (3 * torch.randn(5, 7, 31, generator=torch.Generator().manual_seed(0))).bfloat16()
+    scores[0, 0, 3:] = torch.finfo(torch.bfloat16).min
+    mine, theirs = (scores.clone().requires_grad_() for _ in range(2))
+    grad = torch.randn(5, 7, 31, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert_close(segment_batches.softmax(mine), theirs.softmax(-1), rtol=0, atol=0)
+    assert_close(
+        torch.autograd.grad(segment_batches.softmax(mine), mine, grad)[0],
+        torch.autograd.grad(theirs.softmax(-1), theirs, grad)[0],
+        rtol=0,
+        atol=0,
+    )
+
+
 @pytest.mark.parametrize(("count", "batched"), [(15, False), (16, True)])
 def test_few_short_segments_are_not_batched(count: int, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = False
@@ -102,7 +143,8 @@ def test_dropout_drops_probabilities_and_keeps_their_mean(monkeypatch: pytest.Mo
 
 
 def test_like_sizes_share_a_batch_and_beginnings_are_apart() -> None:
-    plan = segment_batches.plan_batches(RANKINGS, (0, 1, 2, 7), torch.float32, torch.device("cpu"))
+    chosen = tuple(segment_batches.whole(RANKINGS)[i] for i in (0, 1, 2, 7))
+    plan = segment_batches.plan_batches(RANKINGS, chosen, (), torch.float32, torch.device("cpu"))
     assert [tuple(batch.mask.shape) for batch in plan.batches] == [(1, 1, 7, 7), (3, 1, 5, 7)]
     # Prompt and segment of 1: the first four tokens of segment 0, then the three of its own.
     assert [row for row in plan.batches[1].keys.tolist() if row[0] == 0] == [

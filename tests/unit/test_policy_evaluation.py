@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.config.schema import EvaluationConfig
 from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts, Policy, measure
@@ -132,9 +131,8 @@ def sources() -> dict[str, Source]:
 def test_evaluations_differ_by_the_policy_alone() -> None:
     mine, reference = Pretended("yes", -1.0), Pretended("no", -1.5)
     sink = Recorded()
-    config = EvaluationConfig(examples=4, samples=2)
     held_out = HeldOutPrompts(
-        asked(6), config, policy=mine.policy, reference=reference.policy, sources=sources(), seed=7
+        asked(4), policy=mine.policy, reference=reference.policy, sources=sources(), samples=2, seed=7
     )
     with Tracker([sink]) as tracker:
         first = held_out.evaluate(0, tracker)
@@ -168,13 +166,43 @@ def test_evaluations_differ_by_the_policy_alone() -> None:
     ]
 
 
-def test_all_prompts_and_no_samples() -> None:
+def test_no_samples() -> None:
     mine = Pretended("yes", -1.0)
     sink = Recorded()
-    held_out = HeldOutPrompts(
-        asked(3), EvaluationConfig(examples=None, samples=0), policy=mine.policy, reference=mine.policy,
-        sources=sources(), seed=0,
-    )  # fmt: skip
+    held_out = HeldOutPrompts(asked(3), policy=mine.policy, reference=mine.policy, sources=sources(), samples=0, seed=0)
     with Tracker([sink]) as tracker:
         assert held_out.evaluate(0, tracker)["eval/win_rate"] == 0.5
     assert mine.calls == [(3, 0), (3, 0)] and sink.taken == [(0, [])]
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+@pytest.mark.parametrize("has_sources", [True, False])
+def test_what_is_missing_is_left_out(has_reference: bool, has_sources: bool) -> None:
+    """No KL and no win rate without a reference, no score and no win rate without a scorer; never a NaN in their place."""
+    mine, reference = Pretended("yes", -1.0), Pretended("no", -1.25)
+    sink = Recorded()
+    held_out = HeldOutPrompts(
+        asked(3),
+        policy=mine.policy,
+        reference=reference.policy if has_reference else None,
+        sources=sources() if has_sources else {},
+        samples=1,
+        seed=0,
+    )
+    with Tracker([sink]) as tracker:
+        found = held_out.evaluate(0, tracker)
+        assert held_out.evaluate(1, tracker) == found
+    expected = {"eval/length": 2.0, "eval/ended": 1.0}  # 1, 2 and 3 tokens
+    shown = {"prompt": "system: s\nuser: q", "response": "yes"}
+    if has_sources:
+        expected |= {"eval/score": 1.0, "eval/score_like": 1.0, "eval/score_words": 2.0}  # 2 - 1/2 of each word
+        shown |= {"score": "1.5"}
+    if has_reference:
+        expected |= {"eval/kl": 0.5}
+        shown |= {"reference": "no"}
+    if has_reference and has_sources:
+        expected |= {f"eval/win_rate{end}": 1.0 for end in ("", "_low", "_high")}
+        shown |= {"reference_score": "-0.5"}
+    assert found == expected
+    assert sink.taken == [(0, [shown]), (1, [shown])]
+    assert reference.calls == ([(3, 0)] if has_reference else [])

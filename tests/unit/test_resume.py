@@ -20,17 +20,20 @@ class Held:
 
     zero_stage = 1
 
-    def __init__(self, *, updates: int, piece: int = 100, **vectors: Sequence[float]) -> None:
+    def __init__(
+        self, *, updates: int, piece: int = 100, moments: tuple[str, ...] = (), **vectors: Sequence[float]
+    ) -> None:
         self.updates = updates
+        self.moments = moments
         self.piece = piece
         self.vectors = {name: torch.tensor(v) for name, v in vectors.items()}
         self.synchronised = 0
 
     def slices(self, what: str = "master") -> list[Slice]:
         return [
-            Slice(name, start, {what: vector[start : start + self.piece]})
+            Slice(name, start, {what: part, **{moment: torch.zeros_like(part) for moment in self.moments}})
             for name, vector in self.vectors.items()
-            for start in range(0, len(vector), self.piece)
+            for start, part in zip(range(0, len(vector), self.piece), vector.split(self.piece), strict=True)
         ]
 
     def set_updates(self, count: int) -> None:
@@ -92,6 +95,17 @@ def test_a_state_that_lacks_something_is_of_another_model(tmp_path: Path, lacks:
     engines: Any = {"model": wider}
     with pytest.raises(UserError, match="is of another model"):
         resume.load(found(tmp_path), engines, {"model": wider.slices("ema")} if lacks == "average" else {})
+
+
+def test_a_state_of_another_optimiser_is_named_as_such(tmp_path: Path) -> None:
+    adam, rms = ("exp_avg", "exp_avg_sq"), ("square_avg",)
+    for before, now, lacks in ((adam, rms, "square_avg"), (rms, adam, "exp_avg and exp_avg_sq")):
+        save(tmp_path, 1, {"policy": Held(updates=1, moments=before, w=[1.0, 2.0])})
+        engine = Held(updates=0, moments=now, w=[0.0, 0.0])
+        engines: Any = {"policy": engine}
+        with pytest.raises(UserError, match=f"of policy, but not {lacks}; it is of another optimiser: set optim.algo"):
+            resume.load(found(tmp_path), engines)
+        assert engine.values() == {"w": [0.0, 0.0]} and engine.updates == 0, "nothing was loaded"
 
 
 def test_a_state_of_another_version_is_named_as_such(tmp_path: Path) -> None:

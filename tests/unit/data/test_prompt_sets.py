@@ -12,15 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_pipeline.config.direct import DirectConfig, Objective, SampledConfig
 from rlhf_pipeline.config.ppo import PtxConfig, RolloutConfig
-from rlhf_pipeline.config.schema import DataConfig, LabConfig, LongPrompt, OnBadRow, PromptsConfig
-from rlhf_pipeline.config.stages import PpoConfig
+from rlhf_pipeline.config.schema import (
+    DataConfig,
+    LabConfig,
+    LongPrompt,
+    LongResponse,
+    OnBadRow,
+    PromptsConfig,
+    Rankings,
+)
+from rlhf_pipeline.config.stages import DpoConfig, PpoConfig
 from rlhf_pipeline.data import prepare, stage
+from rlhf_pipeline.data.formats import Kind
+from rlhf_pipeline.data.lab.scorer import gold
 from rlhf_pipeline.data.order import Part
 from rlhf_pipeline.data.prompts import Renderer
+from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.generation.prompt_sets import PromptSet, prompt_sets
-from rlhf_pipeline.generation.prompts import read_prompts
+from rlhf_pipeline.generation.prompt_sets import PromptSet, heldout_prompts, prompt_sets
+from rlhf_pipeline.generation.prompts import Asked, read_prompts
+from rlhf_pipeline.scoring.episodes import Episode
 
 WriteRows = Callable[..., str]
 REAL = os.environ.get("RLHF_TEST_DATA")
@@ -278,3 +291,164 @@ def test_real_comparisons_and_reviews(renderer: Renderer, tmp_path: Path) -> Non
     for one in trained.asked:
         assert len(one.tokens) == 9 and one.columns["text"].startswith(one.messages[0].content.rstrip("�"))
         json.dumps(one.columns)
+
+
+# Of held-out preferences
+
+
+def direct(setup: PpoConfig, *, prompts: int = 100, max_new_tokens: int = 8, verdicts: bool = False) -> DpoConfig:
+    return DpoConfig(
+        data=setup.data,
+        seed=setup.seed,
+        objective=DirectConfig(name=Objective.kto if verdicts else Objective.dpo),
+        sampled=SampledConfig(prompts=prompts, max_new_tokens=max_new_tokens),
+    )
+
+
+def preferences(setup: DpoConfig, renderer: Renderer) -> tuple[TreeDataset, TreeDataset]:
+    kind: Kind = "feedback" if setup.objective.name is Objective.kto else "ranking"
+    return prepare.train_and_heldout(setup.data, renderer, kind=kind, seed=setup.seed)
+
+
+def check_of(found: list[Asked], heldout: TreeDataset, renderer: Renderer) -> None:
+    """Each is the prompt of a held-out tree, rendered here once more, and none comes twice."""
+    trees = {heldout.origin(i): heldout[i].prompt.tolist() for i in range(len(heldout))}
+    for i, one in enumerate(found):
+        assert one.index == i and one.tokens.tolist() == trees[one.origin]
+        np.testing.assert_array_equal(one.tokens, renderer.encode_prompt(one.messages))
+    assert len({one.tokens.tobytes() for one in found}) == len(found)
+
+
+def rankings(count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"Is {i} odd?", "responses": ["Yes.", "No.", "Perhaps."], "scores": [1, 1, 1], "key": i}
+        if i % 5 == 0
+        else {"prompt": f"Is {i} odd?", "responses": ["Yes.", "No.", "Perhaps."], "scores": [i % 2, -1, 0], "key": i}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("form", Rankings)
+def test_prompts_of_the_held_out_side_alone(
+    form: Rankings, renderer: Renderer, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Also of rankings that are nothing but ties, which make no comparison in training."""
+    path = write_rows(*rankings(40), *rankings(40))
+    setup = direct(config(tmp_path, path, heldout_fraction=0.3, rankings=form))
+    train, heldout = preferences(setup, renderer)
+    found = heldout_prompts(setup, heldout, context=None)
+    check_of(found, heldout, renderer)
+    learnt = {train[i].prompt.tobytes() for i in range(len(train))}
+    assert not learnt & {one.tokens.tobytes() for one in found}
+    assert 0 < len(found) == len(np.unique(heldout.groups)) == len(heldout) / 2
+    assert any(one.columns["key"] % 5 == 0 for one in found), "the seed holds out no ranking of ties"
+    for one in found:
+        assert one.messages[-1].content == f"Is {one.columns['key']} odd?"
+        assert one.columns.keys() == {"responses", "scores", "key"}
+    _, by_prompt = prompt_sets(config(tmp_path, path, heldout_fraction=0.3), renderer, context=None)
+    assert {one.tokens.tobytes() for one in by_prompt.asked} == {one.tokens.tobytes() for one in found}
+
+
+def test_few_of_many_are_spread_over_all_sources(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    dialogues = [f"\n\nHuman: {i}?\n\nAssistant: " for i in range(9)]
+    pairs = [{"chosen": f"{one}a", "rejected": f"{one}b"} for one in dialogues]
+    first, second = write_rows(*pairs, name="pairs.jsonl"), write_rows(*rankings(10), name="kwise.jsonl")
+    untouched = write_rows(b"{oops", name="train.jsonl")
+    setup = direct(config(tmp_path, untouched, heldout=[first, second]), prompts=3)
+    heldout = prepare.held_out(setup.data, renderer, kind="ranking", seed=0)
+    found = heldout_prompts(setup, heldout, context=None)
+    check_of(found, heldout, renderer)
+    assert [one.origin for one in found] == [f"{first}:1", f"{second}:1", f"{second}:10"]
+    assert [one.messages[-1].content for one in found] == ["0?", "Is 0 odd?", "Is 9 odd?"]
+    setup.sampled.prompts = 1
+    assert [one.origin for one in heldout_prompts(setup, heldout, context=None)] == [f"{first}:1"]
+
+
+def test_prompts_of_verdicts(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i // 2} odd?", "completion": f"So {i}.", "label": i % 2 == 0} for i in range(12)]
+    pair = {"prompt": "One?", "chosen": "a", "rejected": "b"}  # makes two verdicts
+    paths = [write_rows(*rows, name="verdicts.jsonl"), write_rows(pair, name="pairs.jsonl")]
+    setup = direct(config(tmp_path, paths, heldout_fraction=0.5), verdicts=True)
+    train, heldout = preferences(setup, renderer)
+    found = heldout_prompts(setup, heldout, context=None)
+    check_of(found, heldout, renderer)
+    assert 0 < len(found) == len(np.unique(heldout.groups)) and not {*train.groups} & {*heldout.groups}
+    for one in found:
+        columns = {"chosen", "rejected"} if one.origin.startswith(paths[1]) else {"completion", "label"}
+        assert one.columns.keys() == columns
+
+
+def test_rows_that_left_no_preference_leave_no_prompt(
+    renderer: Renderer, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    def ranking(prompt: Any, answer: str = "a") -> dict[str, Any]:
+        return {"prompt": prompt, "chosen": answer, "rejected": "b"}
+
+    going_on = [{"role": "user", "content": "Count!"}, {"role": "assistant", "content": "One,"}]
+    heldout = write_rows(
+        ranking("One?"), b"{oops", ranking("Two?", "b"), ranking("long " * 100), ranking("Three?", "very " * 300),
+        ranking(going_on), ranking("Four?"),
+    )  # fmt: skip
+    train = write_rows(ranking("Five?"), name="t.jsonl")
+    options: dict[str, Any] = {"on_bad_row": OnBadRow.skip, "long_prompt": LongPrompt.drop}
+    setup = direct(config(tmp_path, train, heldout=heldout, long_response=LongResponse.drop, **options))
+    data = prepare.held_out(setup.data, renderer, kind="ranking", seed=0)
+    assert [data.origin(i) for i in range(len(data))] == [f"{heldout}:{line}" for line in (1, 6, 7)]
+    found = heldout_prompts(setup, data, context=None)
+    assert [one.messages[0].content for one in found] == ["One?", "Four?"]  # the assistant's turn is no question
+    check_of(found, data, renderer)
+    only = setup.data.heldout = write_rows(ranking(going_on), name="only.jsonl")
+    data = prepare.held_out(setup.data, renderer, kind="ranking", seed=0)
+    with pytest.raises(UserError, match=r"none of the held-out prompts waits.* sampled\.prompts=0 does without"):
+        heldout_prompts(setup, data, context=None)
+    Path(only).write_text('{"prompt": "Six?", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"only\.jsonl: has changed while it was read"):
+        heldout_prompts(setup, data, context=None)
+
+
+def test_a_prompt_that_is_cut_keeps_its_tokens(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    row = {"prompt": "long " * 100 + "Why?", "chosen": "a", "rejected": "b"}
+    path = write_rows(row)
+    setup = direct(config(tmp_path, path, heldout=path, long_prompt=LongPrompt.keep_end))
+    data = prepare.held_out(setup.data, renderer, kind="ranking", seed=0)
+    (one,) = heldout_prompts(setup, data, context=None)
+    assert len(one.tokens) == 128 and one.tokens.tolist() == data[0].prompt.tolist()
+    assert one.messages[0].content == row["prompt"]
+
+
+def test_answers_to_held_out_prompts_need_room(renderer: Renderer, write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows(*rankings(4))
+    setup = direct(config(tmp_path, path, heldout=path), max_new_tokens=20)
+    data = prepare.held_out(setup.data, renderer, kind="ranking", seed=0)
+    longest = max(len(one.tokens) for one in heldout_prompts(setup, data, context=None))
+    heldout_prompts(setup, data, context=longest + 20)
+    with pytest.raises(UserError, match=rf"^sampled\.max_new_tokens=20: the longest prompt has {longest} tokens"):
+        heldout_prompts(setup, data, context=longest + 19)
+
+
+def test_prompts_of_the_labs_rankings(renderer: Renderer, tmp_path: Path) -> None:
+    lab = LabConfig(rankings=20, heldout_gold_rankings=6)
+    setup = direct(config(tmp_path, "lab:rankings", heldout="lab:heldout_gold_rankings", lab=lab))
+    _, heldout = preferences(setup, renderer)
+    found = heldout_prompts(setup, heldout, context=None)
+    check_of(found, heldout, renderer)
+    assert len(found) == len(np.unique(heldout.groups)) > 1
+    worked = [
+        Episode(prompt=one.messages, response="?", finished=True, columns=one.columns, origin="") for one in found
+    ]
+    assert len(gold(worked)) == len(found)  # the judge finds its tasks in them
+
+
+@pytest.mark.skipif(REAL is None, reason="RLHF_TEST_DATA is not set")
+def test_prompts_of_real_comparisons(renderer: Renderer, tmp_path: Path) -> None:
+    setup = direct(
+        config(
+            tmp_path, f"{REAL}/hh_harmless.jsonl.gz", on_bad_row=OnBadRow.skip, max_examples=300, max_prompt_length=400,
+            max_length=800, long_prompt=LongPrompt.drop, long_response=LongResponse.drop, heldout_fraction=0.2,
+        ),
+        prompts=10,
+    )  # fmt: skip
+    train, heldout = preferences(setup, renderer)
+    found = heldout_prompts(setup, heldout, context=None)
+    check_of(found, heldout, renderer)
+    assert len(found) == 10 and not {*train.groups} & {*heldout.groups}

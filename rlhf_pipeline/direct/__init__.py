@@ -1,0 +1,1 @@
+"""The parts of `rlhf dpo` that its recipe is made of (recipes/dpo.py)."""
