@@ -26,7 +26,7 @@ ANSWERS = [" ".join(words) for length in (1, 2) for words in product(WORDS, repe
 LENGTHS = np.array([len(one.split()) + 1 for one in ANSWERS])
 PAIR_COPIES = 6
 RANKED, LONG = ANSWERS[:7], 4  # a ranking is of four of these
-PAIR_COPIES, RANKING_COPIES = 6, 10
+PAIR_COPIES, RANKING_COPIES = 4, 8
 # Half an epoch of pairs in each update; the rate falls to 0, and so does the noise.
 RUN = [
     "dpo",
@@ -35,11 +35,11 @@ RUN = [
     "data.heldout=heldout.jsonl",
     "data.max_length=16",
     "data.max_prompt_length=8",
-    "batch.examples=594",
+    "batch.examples=396",
     "batch.row_length=256",
     "batch.micro_rows=64",
     "train.epochs=100",
-    "train.max_steps=60",
+    "train.max_steps=50",
     "optim.lr=2e-3",
     "optim.betas=[0.9,0.95]",
     "optim.decay=cosine",
@@ -119,7 +119,7 @@ def pairs(problem: Problem) -> Iterator[dict[str, str]]:
             most, least = due.argmax(), due.argmin()
             wins[most, least] += 1
             wins[least, most] -= 1
-        assert wins.min() == 0
+        assert wins.min() >= 0
         for i, j in permutations(range(len(ANSWERS)), 2):
             yield from [{"prompt": prompt, "chosen": ANSWERS[i], "rejected": ANSWERS[j]}] * int(wins[i, j])
 

@@ -20,7 +20,7 @@ class Tree:
     a document; of feedback 0 for a wanted answer and 1 for an unwanted. `scores` is NaN where there are none.
 
     `numbers` are what a loss needs to know of each response token beside its id, by name: an old log-probability, an
-    advantage. Data sets have none.
+    advantage, a reference's log-probability. On disk data sets have none.
     """
 
     prompt: np.ndarray  # int32 [P], P >= 1

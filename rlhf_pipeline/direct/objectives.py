@@ -173,7 +173,7 @@ def _pairs(prompt: Tensor, rank: Tensor, objective: DirectConfig) -> Pairs:
 
 
 def _counts(prompt: Tensor, rank: Tensor, pairs: Pairs, objective: DirectConfig) -> dict[str, float]:
-    compared = float(num_prompts_with_pairs(pairs))
+    ordered = float(num_prompts(prompt, rank))
     preferred = float(_preferred(prompt, rank).sum())
     unit = TRAITS[objective.name].unit
     if unit is Unit.verdicts:
@@ -181,12 +181,12 @@ def _counts(prompt: Tensor, rank: Tensor, pairs: Pairs, objective: DirectConfig)
     elif objective.name is Objective.preferred_ft:
         loss = preferred
     else:
-        loss = compared if unit is Unit.pairs else float(num_prompts(prompt, rank))
+        loss = float(num_prompts_with_pairs(pairs)) if unit is Unit.pairs else ordered
     counts = {"loss": loss} | ({"likelihood": preferred} if objective.likelihood else {})
     if unit is Unit.verdicts:
         wanted = float((rank == 0).sum())
         return counts | {"reward_chosen": wanted, "reward_rejected": len(rank) - wanted}
-    return counts | dict.fromkeys(("accuracy", "margin", "reward_chosen", "reward_rejected"), compared)
+    return counts | dict.fromkeys(("accuracy", "margin", "reward_chosen", "reward_rejected"), ordered)
 
 
 def _logged(of: Responses, pairs: Pairs, counts: dict[str, float], objective: DirectConfig) -> dict[str, Term]:
@@ -197,6 +197,8 @@ def _logged(of: Responses, pairs: Pairs, counts: dict[str, float], objective: Di
             wanted = of.rank == 0
             sums = {"reward_chosen": reward[wanted].sum(), "reward_rejected": reward[~wanted].sum()}
         else:
+            if objective.ties is PairTies.half:  # of two that tie neither is the better one
+                pairs = make_pairs(of.prompt, of.rank, rule=objective.pairs, ties=PairTies.drop)
             better, worse = reward[pairs.winner], reward[pairs.loser]
             right = (better > worse).to(reward.dtype) + 0.5 * (better == worse).to(reward.dtype)
             every = {"accuracy": right, "margin": better - worse, "reward_chosen": better, "reward_rejected": worse}

@@ -82,7 +82,8 @@ def main(config: DpoConfig) -> None:
     frozen = Frozen(config, renderer, engine, layout)
     ((name, preferences),) = data.items()
     others = _others(config, preferences)
-    data, heldout, others = {name: frozen.known(preferences)}, frozen.known(heldout), frozen.known(others)
+    (preferences, heldout, others) = frozen.known(preferences, heldout, others)
+    data = {name: preferences}
 
     # 4 The loss; of KTO its reference point before each update
     point = ReferencePoint(config, engine, layout, frozen, others)
@@ -142,19 +143,26 @@ class Frozen:
         if not config.reference.cache:
             self.opened = cache(self.opened)  # of every batch: it stays in memory
 
-    def known(self, data: Any) -> Any:
-        """The data set with the reference's log-probs, where they are kept on disk."""
-        if data is None or not self.needed or not self.config.reference.cache:
+    def known(self, *data: Any) -> tuple[Any, ...]:
+        """The data sets with the reference's log-probs, where they are kept on disk; None stays None."""
+        if not self.needed or not self.config.reference.cache:
             return data
+        identity, opened = identity_of(self.config), cache(self.opened)  # once for all, and dropped afterwards
         with terminal_progress() as show:
-            return referenced(
-                data,
-                self.opened,
-                layout=self.layout,
-                identity=identity_of(self.config),
-                cache_dir=Path(self.config.data.cache_dir),
-                say=partial(print, file=sys.stderr),
-                progress=(lambda done, _: show("the reference's log-probabilities", done)) if show else None,
+            progress = (lambda done, _: show("the reference's log-probabilities", done)) if show else None
+            return tuple(
+                None
+                if one is None
+                else referenced(
+                    one,
+                    opened,
+                    layout=self.layout,
+                    identity=identity,
+                    cache_dir=Path(self.config.data.cache_dir),
+                    say=partial(print, file=sys.stderr),
+                    progress=progress,
+                )
+                for one in data
             )
 
     def beside(self, batch: TreeBatch) -> TreeBatch:

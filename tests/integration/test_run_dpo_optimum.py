@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +60,12 @@ CASES = {
     ),
     "ipo": Case(overrides=["objective=ipo", f"objective.tau={TAU}"], optimum=partial(ipo_optimum, tau=TAU)),
     "plackett_luce": Case(
-        overrides=["objective=plackett_luce", f"objective.beta={BETA}", "data.train=rankings.jsonl"],
+        overrides=[
+            "objective=plackett_luce",
+            f"objective.beta={BETA}",
+            "data.train=rankings.jsonl",
+            "batch.examples=210",
+        ],
         optimum=partial(dpo_optimum, beta=BETA),
         answers=len(RANKED),
     ),
@@ -106,6 +110,32 @@ def test_the_optimum_is_reached(rlhf: Forks, problem: Problem, name: str) -> Non
 def test_two_processes_reach_it_as_well(rlhf: Forks, problem: Problem, name: str) -> None:
     _, after = distances(rlhf, problem, f"{name}_two", "engine=zero2", of=name, ranks=2)
     assert after < REACHED
+
+
+# In a program that scores held-out answers, each changes the loop that loads it.
+MUTANTS = {
+    "flipped": """
+from rlhf_pipeline.functional.losses import preference
+loss = preference.dpo_loss
+preference.dpo_loss = lambda margins, labels, *, beta: loss(-margins, labels, beta=beta)
+""",
+    "no_reference": """
+from rlhf_pipeline.direct import objectives
+responses = objectives._responses
+objectives._responses = lambda *of, with_reference: responses(*of, with_reference=False)
+""",
+}
+SCORED = ["sampled.prompts=1", "sampled.max_new_tokens=2", "+rewards.none.program=change:scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_loop_misses_it(rlhf: Forks, problem: Problem, name: str) -> None:
+    folder = problem.folder.with_name(f"{problem.folder.name}_{name}")
+    shutil.copytree(problem.folder, folder, ignore=shutil.ignore_patterns("runs", "logs"))
+    (folder / "change.py").write_text(MUTANTS[name] + "def scores(episodes):\n    return [0.0] * len(episodes)\n")
+    _, after = distances(rlhf, Problem(folder), name, *SCORED, of="dpo")
+    assert after > MISSED
 
 
 # The theory, without the package: free policies over the answers, all preferences by their probability.
