@@ -7,7 +7,7 @@ RLHF := $(BIN)/rlhf
 DEMO := runs/demo
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help setup demo test test-full lint types bench bench-rm bench-ppo bench-data bench-generation golden clean
+.PHONY: help setup demo test test-full lint types bench bench-sft bench-rm bench-ppo bench-dpo bench-data bench-generation golden clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,7 +49,9 @@ lint: setup ## ruff: rules and format
 types: setup ## mypy
 	$(BIN)/mypy
 
-bench: setup ## SFT speed side by side with TRL, which is installed into an environment of its own
+bench: bench-sft bench-rm bench-ppo bench-dpo ## every stage's speed side by side with TRL, in environments of its own
+
+bench-sft: setup ## SFT speed side by side with TRL
 	$(BIN)/python scripts/bench/run.py
 
 bench-rm: setup ## reward model speed side by side with TRL; reads the folder RLHF_TEST_DATA
@@ -57,6 +59,9 @@ bench-rm: setup ## reward model speed side by side with TRL; reads the folder RL
 
 bench-ppo: setup ## PPO speed side by side with TRL 1.12, and sampling beside generate; reads the folder RLHF_TEST_DATA
 	$(BIN)/python scripts/bench/ppo.py
+
+bench-dpo: setup ## DPO speed side by side with TRL; reads the folder RLHF_TEST_DATA
+	$(BIN)/python scripts/bench/dpo.py
 
 bench-data: setup ## how fast files become tokens, and in how much memory; reads the folder RLHF_TEST_DATA
 	$(BIN)/python scripts/bench/data.py

@@ -52,13 +52,13 @@ def whole(tokens: Tensor, reduction: Reduction) -> Tensor:
     return tokens.sum() if reduction is Reduction.sum or not len(tokens) else tokens.mean()
 
 
-def pair_loss(  # noqa: PLR0911 - one formula an objective
+def pair_loss(
     config: Any,
     w: Tensor,
-    l: Tensor,
+    l: Tensor,  # noqa: E741 - the papers' letter
     ref_w: Tensor,
     ref_l: Tensor,
-    label: float,  # noqa: E741 - the papers' letter
+    label: float,
 ) -> Tensor:
     """Of the tokens of the winner and of the loser; for an objective with a reference also of its log-probs."""
     win, lose = whole(w, config.reduction), whole(l, config.reduction)

@@ -56,6 +56,7 @@ def _import_everything() -> None:
     from transformers.integrations import deepspeed  # noqa: F401
 
     import rlhf_pipeline.cli
+    import rlhf_pipeline.recipes.dpo
     import rlhf_pipeline.recipes.evaluate
     import rlhf_pipeline.recipes.ppo
     import rlhf_pipeline.recipes.prep

@@ -24,10 +24,9 @@ from helpers_optimum import PROMPTS, make_problem
 WORDS = ["a", "b", "c"]
 ANSWERS = [" ".join(words) for length in (1, 2) for words in product(WORDS, repeat=length)]  # [N]
 LENGTHS = np.array([len(one.split()) + 1 for one in ANSWERS])
-PAIR_COPIES = 6
 RANKED, LONG = ANSWERS[:7], 4  # a ranking is of four of these
-PAIR_COPIES, RANKING_COPIES = 4, 8
-# Half an epoch of pairs in each update; the rate falls to 0, and so does the noise.
+PAIR_COPIES, RANKING_COPIES = 6, 8
+# A third of the pairs in each update; the rate falls to 0, and so does the noise.
 RUN = [
     "dpo",
     "model.path=start",
@@ -39,7 +38,7 @@ RUN = [
     "batch.row_length=256",
     "batch.micro_rows=64",
     "train.epochs=100",
-    "train.max_steps=50",
+    "train.max_steps=80",
     "optim.lr=2e-3",
     "optim.betas=[0.9,0.95]",
     "optim.decay=cosine",

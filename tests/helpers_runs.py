@@ -63,6 +63,7 @@ SFT_ON_FILES = [
     "data.max_prompt_length=100",
 ]
 RM_ON_FILES = ["rm", *SFT_ON_FILES[1:], *TINY_RUN, "evaluation.samples=0"]
+DPO_ON_FILES = ["dpo", *RM_ON_FILES[1:], "sampled.prompts=0"]
 WORDS = [
     *("the", "a", "red", "blue", "old", "cat", "dog", "man", "sits", "runs", "reads", "on", "under", "by", "mat"),
     *("tree", "house", "book", "and", "then", "today", "slowly"),
@@ -303,6 +304,18 @@ def rankings(count: int, seed: int = 0, *, most: int = 9) -> list[dict[str, Any]
     return [{"prompt": prompt, "responses": texts, "scores": values} for prompt, texts, values in columns]
 
 
+def verdicts(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Feedback rows: an answer of 3 to 12 words to each prompt, wanted where it has a word on colours or animals."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        prompt, answer = f"{i} {sentence(rng, 1, 8)}?", sentence(rng, 3, 12)
+        rows.append(
+            {"prompt": prompt, "response": answer, "label": bool({"red", "blue", "cat", "dog"} & {*answer.split()})}
+        )
+    return rows
+
+
 def make_base(folder: Path, *, seed: int = 0, architecture: str = "llama", context: int = 256) -> Path:
     """A Hugging Face folder (no artifact): a tiny model with weights large enough to matter, and a tokenizer."""
     import torch
@@ -363,7 +376,7 @@ def series(run: Path, name: str) -> list[float]:
 def assert_same_end(run: Path, undisturbed: Path) -> None:
     """Bit-identical final weights, the same metrics and the same samples or rewards."""
     assert metrics(run) == metrics(undisturbed)
-    last = "evaluation.json" if undisturbed.name == "rm" else "samples.jsonl"
+    last = "evaluation.json" if undisturbed.name in ("rm", "dpo") else "samples.jsonl"
     for name in ("artifact/model.safetensors", last):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert files_below(run / "artifacts") == files_below(undisturbed / "artifacts")

@@ -48,7 +48,8 @@ def reference_of(path: str, given: str | None) -> str:
         return given
     if not artifact.is_artifact(path):
         raise UserError(f"{_RELATIVE}, which only an artifact tells by itself; {_NAME_IT}")
-    parent = artifact.load(path, kind=Kind.policy).parents.get("model")
+    parents = artifact.load(path, kind=Kind.policy).parents
+    parent = parents.get("reference") or parents.get("model")
     if parent is None:
         raise UserError(f"{_RELATIVE}, and this one was trained from scratch; name another model with reference=...")
     if _is_missing(parent.path) or (parent.content_hash is not None and not artifact.is_artifact(parent.path)):

@@ -7,6 +7,7 @@ computed once and kept on disk, or with every batch; an objective without a refe
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ from rlhf_pipeline.models.reference import Reference, open_reference
 from rlhf_pipeline.models.trained import open_trained_policy
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 from rlhf_pipeline.recipes import training
-from rlhf_pipeline.run import open_run
+from rlhf_pipeline.run import Run, open_run
 from rlhf_pipeline.scoring import sources as scoring
 from rlhf_pipeline.tracking import Tracker
 
@@ -106,7 +107,7 @@ def main(config: DpoConfig) -> None:
         folder=run.folder,
     )
     prompts = _held_out_prompts(config, policy, frozen, asked, sources, renderer=renderer, layout=layout)
-    first: dict[str, float] = {}
+    first = _first_evaluation(run)
 
     def evaluate(step: int, tracker: Tracker) -> dict[str, float]:
         metrics = held_out.evaluate(engine, terms, frozen.numbers if frozen.needed else None, step)
@@ -199,6 +200,13 @@ class ReferencePoint:
                 total += float((self.engine(batch) - batch.number(NAME)).double().sum())
         found = runtime.sum_over_ranks({"ratio": total})["ratio"]
         self.value = max(0.0, found / len(examples))
+
+
+def _first_evaluation(run: Run) -> dict[str, float]:
+    """The run's, where it goes on; empty before there is one."""
+    file = run.folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if run.state and file.is_file() else []
+    return next((found for line in lines if "eval/loss" in (found := json.loads(line))), {})
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SFT speed, side by side with TRL's SFTTrainer in one go: `make bench`. Prints the tables of docs/benchmarks.md.
+"""SFT speed, side by side with TRL's SFTTrainer in one go: `make bench-sft`. Prints the tables of docs/benchmarks.md.
 
 Both train the same random-initialised Llama shapes on the chosen side of HH harmless dialogues (Bai et al. 2022), at most
 512 tokens, in bf16, on two threads. Runs take turns, several rounds; figures are medians. What is counted is

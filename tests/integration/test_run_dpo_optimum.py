@@ -79,6 +79,8 @@ CASES = {
     ),
 }
 
+SLOW = ("rdpo", "cpo")
+
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
@@ -98,7 +100,9 @@ def distances(
     return before, after
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_the_optimum_is_reached(rlhf: Forks, problem: Problem, name: str) -> None:
     before, after = distances(rlhf, problem, name, of=name)
     assert before > MISSED
@@ -112,30 +116,55 @@ def test_two_processes_reach_it_as_well(rlhf: Forks, problem: Problem, name: str
     assert after < REACHED
 
 
-# In a program that scores held-out answers, each changes the loop that loads it.
-MUTANTS = {
-    "flipped": """
+# Each changes the loop that loads it, as the program that scores held-out answers.
+FLIPPED = """
 from rlhf_pipeline.functional.losses import preference
 loss = preference.dpo_loss
 preference.dpo_loss = lambda margins, labels, *, beta: loss(-margins, labels, beta=beta)
-""",
-    "no_reference": """
+"""
+NO_REFERENCE = """
 from rlhf_pipeline.direct import objectives
 responses = objectives._responses
 objectives._responses = lambda *of, with_reference: responses(*of, with_reference=False)
-""",
-}
-SCORED = ["sampled.prompts=1", "sampled.max_new_tokens=2", "+rewards.none.program=change:scores"]
+"""
+UNCHECKED = """
+from rlhf_pipeline.recipes import dpo
+dpo._check_start = lambda *_: None
+"""
+PROGRAM = """
+def scores(episodes):
+    return [0.0] * len(episodes)
+"""
+CHANGED = ["sampled.prompts=1", "sampled.max_new_tokens=2", "+rewards.none.program=change:scores"]
+
+
+def changed(problem: Problem, name: str, change: str) -> Problem:
+    """A copy of its folder with the program change.py."""
+    folder = problem.folder.with_name(f"{problem.folder.name}_{name}")
+    shutil.copytree(problem.folder, folder, ignore=shutil.ignore_patterns("runs", "logs"))
+    (folder / "change.py").write_text(change + PROGRAM)
+    return Problem(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_loop_misses_it(rlhf: Forks, problem: Problem, name: str) -> None:
-    folder = problem.folder.with_name(f"{problem.folder.name}_{name}")
-    shutil.copytree(problem.folder, folder, ignore=shutil.ignore_patterns("runs", "logs"))
-    (folder / "change.py").write_text(MUTANTS[name] + "def scores(episodes):\n    return [0.0] * len(episodes)\n")
-    _, after = distances(rlhf, Problem(folder), name, *SCORED, of="dpo")
+@pytest.mark.parametrize(
+    ("name", "change"), [("nothing", ""), ("flipped", FLIPPED), ("no_reference", NO_REFERENCE + UNCHECKED)]
+)
+def test_a_wrong_loop_misses_it(rlhf: Forks, problem: Problem, name: str, change: str) -> None:
+    _, after = distances(rlhf, changed(problem, name, change), name, *CHANGED, of="dpo")
+    assert after > MISSED if change else after < REACHED
+
+
+@pytest.mark.slow
+def test_means_over_tokens_are_not_what_the_theory_is_about(rlhf: Forks, problem: Problem) -> None:
+    _, after = distances(rlhf, problem, "means", "objective.reduction=mean", of="ipo")
     assert after > MISSED
+
+
+def test_a_loop_without_its_reference_does_not_begin(rlhf: Forks, problem: Problem) -> None:
+    copy = changed(problem, "checked", NO_REFERENCE)
+    job = rlhf.run(copy.folder, *RUN, *CASES["dpo"].overrides, *CHANGED, code=2)
+    assert "the first loss of objective=dpo is 1." in job.output and "not 0.693147" in job.output
 
 
 # The theory, without the package: free policies over the answers, all preferences by their probability.
