@@ -1,11 +1,12 @@
 """Has the lab's labelers rank a model's own answers: what InstructGPT's labelers did with samples of its models.
 
     rlhf generate experiment=lab_samples_generate
-    python scripts/lab_label.py runs/lab/generate/responses.jsonl runs/lab/own_rankings.jsonl [--seed 0]
+    python scripts/lab_label.py runs/lab/generate/responses.jsonl runs/lab/own_rankings.jsonl [--by gold] [--seed 0]
 
 The first file is one of `rlhf generate` with several samples a prompt of the lab; the second has a ranking a line, as the
-lab's own rankings: prompt, responses, scores from 1 to 7 by one of the six labelers, ranks. The same answer counts once,
-answers that were cut off are left out, and so are prompts of which less than two answers are left.
+lab's own rankings: prompt, responses, scores, ranks. `--by anyone`: one of the six labelers rates a prompt's answers, from 1
+to 7, as for the lab's own rankings; `--by panel`: the mean of all six; `--by gold`: the judge. The same answer counts once,
+answers that were cut off are left out, and so are prompts of which all answers that are left score the same.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rlhf_pipeline.data.lab.judge import as_messages
+from rlhf_pipeline.data.lab.judge import as_messages, judge
 from rlhf_pipeline.data.lab.labelers import LABELERS, ranks_of
 
 KEY = "own answers"  # of the labelers' noise
@@ -27,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("answers", type=Path)
     parser.add_argument("rankings", type=Path)
+    parser.add_argument("--by", choices=["anyone", "panel", "gold"], default="anyone")
     parser.add_argument("--seed", type=int, default=0, help="who rates which prompt")
     given = parser.parse_args()
 
@@ -35,7 +38,7 @@ def main() -> None:
         for line in lines:
             row = json.loads(line)
             by_prompt[row["index"]].append(row)
-    found = [one for rows in by_prompt.values() if (one := ranking(rows, given.seed))]
+    found = [one for rows in by_prompt.values() if (one := ranking(rows, given.by, given.seed))]
 
     partial = given.rankings.with_name(given.rankings.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -45,24 +48,25 @@ def main() -> None:
     print(f"{given.rankings}: {len(found)} rankings of {len(by_prompt)} prompts, {answers} answers")
 
 
-def ranking(rows: list[dict[str, Any]], seed: int) -> dict[str, Any] | None:
-    """One labeler's ranking of the answers to a prompt; None where there is nothing to rank."""
-    responses = list(
-        dict.fromkeys(row["response"] for row in rows if row["response"] and row["finish_reason"] == "stop")
-    )
-    if len(responses) < 2:
-        return None
+def ranking(rows: list[dict[str, Any]], by: str, seed: int) -> dict[str, Any] | None:
+    """The answers to a prompt, ranked; None where there is nothing to rank."""
+    whole = (row["response"] for row in rows if row["response"] and row["finish_reason"] == "stop")
+    responses = list(dict.fromkeys(whole))
     prompt = rows[0]["prompt"]
-    turns = "|".join(message.content for message in as_messages(prompt))
-    labeler = random.Random(f"{seed}|{turns}").choice(LABELERS)
-    scores = labeler.scores(prompt, responses, f"{KEY}|{seed}")
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "scores": scores,
-        "ranks": ranks_of(scores),
-        "labeler": labeler.name,
-    }
+    rated = rate(prompt, responses, by, seed)
+    if len(set(rated)) < 2:
+        return None
+    return {"prompt": prompt, "responses": responses, "scores": rated, "ranks": ranks_of(rated), "by": by}
+
+
+def rate(prompt: Any, responses: list[str], by: str, seed: int) -> list[float]:
+    """A score for each."""
+    if by == "gold":
+        return [judge(prompt, response).score for response in responses]
+    asked = "|".join(message.content for message in as_messages(prompt))
+    raters = LABELERS if by == "panel" else [random.Random(f"{seed}|{asked}").choice(LABELERS)]
+    ratings = [labeler.scores(prompt, responses, f"{KEY}|{seed}") for labeler in raters]
+    return [fmean(of_one) for of_one in zip(*ratings, strict=True)]
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class Curve:
     losses: list[float]
     likelihoods: list[float]
     norms: list[float]
-    points: list[float]  # KTO's z0 before each update
+    drifts: list[float]  # KTO's z0 before each update, where that is not negative
     weights: dict[str, Tensor]
 
 
@@ -242,7 +242,7 @@ def plain_training(
     frozen = AutoModelForCausalLM.from_pretrained(reference or base, dtype=torch.float32).eval()
     others = partner_rows(rows, seed) if config.name is Objective.kto else []
     optimizer_of = optimizer(model)
-    curve = Curve(losses=[], likelihoods=[], norms=[], points=[], weights={})
+    curve = Curve(losses=[], likelihoods=[], norms=[], drifts=[], weights={})
     steps = [
         np.random.default_rng([seed, 0, epoch]).permutation(len(rows))[start : start + batch].tolist()
         for epoch in range(epochs)
@@ -250,19 +250,18 @@ def plain_training(
     ]
     for chosen in steps[:max_steps]:
         some = [rows[i] for i in chosen]
-        point = 0.0
+        drift = 0.0
         if others:
             drawn = [others[i] for i in chosen]
             policy, held_to = (frozen_logprobs(one, drawn) for one in (model, frozen))
             gaps = [float((a[0].double() - b[0].double()).sum()) for a, b in zip(policy, held_to, strict=True)]
-            point = max(0.0, math.fsum(gaps) / len(gaps))
-        loss, likelihood = plain_objective(
-            all_logprobs(model, some), frozen_logprobs(frozen, some), [one.ranks for one in some], config, point
-        )
+            drift = math.fsum(gaps) / len(gaps)
+        policy, held_to, ranks = all_logprobs(model, some), frozen_logprobs(frozen, some), [one.ranks for one in some]
+        loss, likelihood = plain_objective(policy, held_to, ranks, config, max(0.0, drift))
         (loss + config.likelihood * likelihood).backward()
         curve.losses.append(float(loss.detach()))
         curve.likelihoods.append(float(likelihood.detach()))
-        curve.points.append(point)
+        curve.drifts.append(drift)
         curve.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
         optimizer_of.step()
         optimizer_of.zero_grad()

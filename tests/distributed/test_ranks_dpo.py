@@ -37,13 +37,15 @@ from rlhf_pipeline.config.direct import DirectConfig, Objective, PairRule, PairT
 # 17 examples in batches of 8: the last one of an epoch holds one, fewer than there are processes, and it ties throughout
 # in the first epoch.
 EXAMPLES, BATCH, EPOCHS, SEED, PAUSE = 17, 8, 2, 3, 3
-LR, BETAS, DECAY, CLIP = 2e-3, (0.9, 0.999), 0.1, 1.0
+# An eps this large keeps Adam from making rounding errors into steps.
+LR, BETAS, EPS, DECAY, CLIP = 2e-3, (0.9, 0.999), 1e-6, 0.1, 1.0
 DPO = [
     *DPO_ON_FILES,
     f"seed={SEED}",
     f"batch.examples={BATCH}",
     f"train.epochs={EPOCHS}",
     f"optim.lr={LR}",
+    f"optim.eps={EPS}",
     "optim.decay=constant",
     "optim.warmup_fraction=0",
     f"optim.weight_decay={DECAY}",
@@ -79,7 +81,12 @@ OVERRIDES = {
         "objective.ties=half",
         "reference.cache=false",
     ],
-    "kto": ["objective=kto", "objective.undesirable_weight=1.5", "data.train=verdicts.jsonl"],
+    "kto": [
+        "objective=kto",
+        "objective.undesirable_weight=1.5",
+        "data.train=verdicts.jsonl",
+        "data.heldout=unseen.jsonl",
+    ],
     "simpo": ["objective=simpo"],
 }
 FILES = {name: "verdicts.jsonl" if name == "kto" else "train.jsonl" for name in CASES}
@@ -96,6 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[alone]["scores"] = [2.0] * len(rows[alone]["scores"])
     write_jsonl(folder / "train.jsonl", rows)
     write_jsonl(folder / "verdicts.jsonl", verdicts(EXAMPLES, seed=6))
+    write_jsonl(folder / "unseen.jsonl", verdicts(7, seed=8))
     write_jsonl(folder / "heldout.jsonl", rankings(7, seed=9))
     return folder
 
@@ -113,7 +121,7 @@ def plain(folder: Path, base: Path) -> dict[str, Curve]:
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": DECAY},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=1e-8)
+        return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
 
     options: dict[str, Any] = {"seed": SEED, "batch": BATCH, "epochs": EPOCHS, "optimizer": adamw}
     return {
@@ -154,7 +162,7 @@ def test_what_the_plain_loop_tells_apart(plain: dict[str, Curve]) -> None:
     """Or a rule that does nothing would not be missed: a batch of ties, KTO's point, clipping."""
     assert plain["dpo"].losses[2] == 0.0 == plain["dpo"].norms[2]
     assert plain["live"].losses[2] > 0.1
-    assert plain["kto"].points[0] == 0.0 and max(plain["kto"].points) > 0.5
+    assert plain["kto"].drifts[0] == 0.0 and max(plain["kto"].drifts) > 0.5
     norms = [norm for curve in plain.values() for norm in curve.norms]
     assert min(norms) < CLIP < max(norms)
 
@@ -196,7 +204,12 @@ def test_evaluations_are_those_of_one_process(folder: Path, base: Path, rlhf: Fo
     one = undisturbed(rlhf, folder, base, case, "one_each", (1, 0))
     run = undisturbed(rlhf, folder, base, case, "packed", place)
     for ours, theirs in zip(metrics(run), metrics(one), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert ours.keys() == theirs.keys()
+        # Where the policy is its reference still, which response is ahead is a matter of rounding.
+        exact = theirs.keys() if theirs["step"] > 1 else theirs.keys() & {"train/loss", "train/grad_norm", "eval/loss"}
+        assert {name: ours[name] for name in exact} == pytest.approx(
+            {name: theirs[name] for name in exact}, rel=1e-4, abs=1e-5
+        )
     assert {k: t.shape for k, t in weights(run / "artifact").items()} == {
         k: t.shape for k, t in weights(one / "artifact").items()
     }

@@ -57,6 +57,15 @@ RUNS = {
         "evaluation.samples=0",
         "optim.lr=3.0e-4",
     ],
+    "dpo": [
+        "data=lab_rankings",
+        "data.lab.rankings=160",
+        "data.lab.heldout_gold_rankings=10",
+        "model.path=runs/golden/sft/artifact",
+        "batch.examples=8",
+        "sampled.prompts=0",
+        "optim.lr=1.0e-3",
+    ],
 }
 
 

@@ -66,7 +66,8 @@ DPO = [
     "evaluation.every=4",
 ]
 LIVE = ["reference.cache=false"]
-KTO = ["objective=kto", "data.train=verdicts.jsonl", "objective.undesirable_weight=1.5"]
+KTO = ["objective=kto", "data.train=verdicts.jsonl", "objective.desirable_weight=0.1", "objective.undesirable_weight=2"]
+QUICK_CASES = ("cached", "kto")
 CASES = {"cached": [], "live": LIVE, "kto": KTO, "simpo": ["objective=simpo"]}
 QUICK = ["train.max_steps=2", "evaluation.before=false", "evaluation.every=0", "checkpoint.every=100"]
 OBJECTIVES = sorted(path.stem for path in (REPOSITORY / "conf/objective").glob("*.yaml"))
@@ -150,7 +151,7 @@ def plain(folder: Path, base: Path, run: Path, **options: Any) -> Curve:
 
 
 @pytest.mark.parametrize(
-    "case", [name if name != "simpo" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "case", [name if name in QUICK_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_the_numbers_of_a_plain_loop(rlhf: Forks, folder: Path, base: Path, case: str) -> None:
     """Every step's loss and gradient norm, and the weights after the last; the reference is the start throughout."""
@@ -166,7 +167,8 @@ def test_the_numbers_of_a_plain_loop(rlhf: Forks, folder: Path, base: Path, case
     assert distance < 1e-5
     assert relative_difference(weights(run / "artifact"), weights(base)) > 0.02, "it has moved"
     if case == "kto":
-        assert expected.points[0] == 0.0 and max(expected.points) > 1.0
+        assert expected.drifts[0] == 0.0 and min(expected.drifts) < -0.5, "where z0 is 0 instead"
+        assert max(expected.drifts) > 0.1
 
 
 def test_it_learns(rlhf: Forks, folder: Path, base: Path) -> None:
@@ -407,7 +409,7 @@ def test_other_commands_take_it(rlhf: Forks, folder: Path, base: Path) -> None:
     judged = f"systems={{dpo:{run}/artifact}}"
     rlhf.run(folder, "evaluate", "kind=rm", "runtime.threads=1", "name=judged", judged, "data.path=heldout.jsonl")
     results = json.loads((folder / "runs/judged/evaluate/results.json").read_text())
-    expected = json.loads((run / "evaluation.json").read_text())["comparisons"]["accuracy"]
+    expected = json.loads((run / "evaluation.json").read_text())["comparisons"]["accuracy"]["mean"]
     assert results["systems"]["dpo"]["overall"]["mean"] == pytest.approx(expected)
     options = ["sampling.max_new_tokens=6", "runtime.threads=1", "output=said.jsonl"]
     rlhf.run(folder, "generate", f"model.path={run}/artifact", "prompts.path=heldout.jsonl", *options)
@@ -425,26 +427,28 @@ def test_real_dialogues(rlhf: Forks, tmp_path: Path) -> None:
         rows = [json.loads(line) for line in lines]
     write_jsonl(tmp_path / "hh.jsonl", [row for row in rows if len(row["chosen"]) + len(row["rejected"]) < 700][:40])
     start = make_base(tmp_path / "base", context=1024)
-    lengths = [
+    rlhf.run(
+        tmp_path,
+        "dpo",
+        "name=real",
+        f"model.path={start}",
         "data.train=hh.jsonl",
-        "data.on_bad_row=skip",
-        "data.heldout=null",
         "data.heldout_fraction=0.2",
+        "data.on_bad_row=skip",
         "data.max_length=1024",
-    ]
-    more = [
         "data.max_prompt_length=800",
         "batch.examples=8",
-        "optim.lr=3e-3",
+        "optim.lr=1e-3",
         "sampled.prompts=0",
-        "evaluation.samples=0",
-    ]
-    rlhf.run(tmp_path, "dpo", "name=real", f"model.path={start}", *TINY_RUN, *lengths, *more, "train.epochs=2")
+        "train.epochs=3",
+        *TINY_RUN,
+    )
     run = tmp_path / "runs/real/dpo"
     counts = manifest(run)["data"]["rankings"]["counts"]
     assert counts["rows"] == 40 and counts["trees"] > 30
     losses = series(run, "train/loss")
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.02, losses
     assert np.isfinite(series(run, "eval/accuracy")).all()
 
 

@@ -54,6 +54,7 @@ CASES = {
     "ipo": DirectConfig(name=Objective.ipo, tau=0.2),
     "ipo mean": DirectConfig(name=Objective.ipo, tau=0.6, reduction=MEAN, pairs=PairRule.best_worst),
     "rdpo": DirectConfig(name=Objective.rdpo, beta=0.3, alpha=0.25),
+    "rdpo mean": DirectConfig(name=Objective.rdpo, beta=2.0, alpha=0.25, reduction=MEAN),
     "plackett_luce": DirectConfig(name=Objective.plackett_luce, beta=0.4),
     "plackett_luce mean": DirectConfig(
         name=Objective.plackett_luce, beta=2.0, reduction=MEAN, likelihood=0.3, likelihood_reduction=MEAN

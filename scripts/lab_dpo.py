@@ -1,0 +1,196 @@
+"""Every direct objective on the lab, several seeds: gold score, win rate, KL, length, seconds, memory. Prints Markdown.
+
+    python scripts/lab_dpo.py [--seeds 3] [--runs runs/lab_dpo] [--jobs 1] [override ...]
+
+Trains conf/experiment/lab_dpo.yaml (see there for the two commands that make its rankings) by each objective with
+
+    rlhf dpo -m experiment=lab_dpo 'objective=glob(*)' seed=0,1,2
+
+or rather one such sweep a seed, then compares all policies with the fine-tuned model by `rlhf evaluate` on 1,000 held-out
+prompts. KL is measured on the answers that were judged. Runs that are there already are not made again. With `--jobs 2`
+two sweeps share the cores, one each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+SFT = Path("runs/demo/sft/artifact")
+RLHF = [sys.executable, "-m", "rlhf_pipeline"]
+PROMPTS = 1000
+SEQUENCE_FORM = "unlikelihood, sequence"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/lab_dpo"))
+    parser.add_argument("--jobs", type=int, default=1)
+    given, overrides = parser.parse_known_args()
+    shared = ["runtime.threads=1"] if given.jobs > 1 else []
+
+    def sweep(seed: int) -> None:
+        command = [*RLHF, "dpo", "-m", "experiment=lab_dpo", f"seed={seed}", f"runs={given.runs / 'all'}"]
+        command += [f"model.path={SFT}", "data.train=runs/lab/own_rankings.jsonl", "tracking.progress=false"]
+        command += [*shared, *overrides]
+        if not runs_of(given.runs, f"seed_{seed}"):
+            subprocess.run([*command, f"name=seed_{seed}", "objective=glob(*)"], check=True)
+        if not runs_of(given.runs, f"sequence_{seed}"):
+            sequence = ["objective=unlikelihood", "objective.form=sequence"]
+            subprocess.run([*command, f"name=sequence_{seed}", *sequence], check=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(sweep, range(given.seeds)))
+
+    policies: dict[str, dict[int, Path]] = {}
+    for seed in range(given.seeds):
+        sequence = {SEQUENCE_FORM: run for run in runs_of(given.runs, f"sequence_{seed}").values()}
+        found = {**runs_of(given.runs, f"seed_{seed}"), **sequence}
+        for objective, run in found.items():
+            policies.setdefault(objective, {})[seed] = run
+    gold = gold_scores(policies, given.runs)
+    print(table(policies, gold, given.runs))
+
+
+def runs_of(runs: Path, name: str) -> dict[str, Path]:
+    """The finished runs of a sweep by their objective."""
+    found = {}
+    for config in sorted((runs / "all" / name).glob("*/dpo/config.yaml")):
+        if (config.parent / "artifact").exists():
+            found[str(OmegaConf.load(config).objective.name)] = config.parent
+    return found
+
+
+def system_of(objective: str, seed: int) -> str:
+    return f"{objective.replace(', ', '_')}_{seed}"
+
+
+def gold_scores(policies: dict[str, dict[int, Path]], runs: Path) -> dict[str, Any]:
+    """`rlhf evaluate kind=gold` of all policies beside each other."""
+    systems = {"sft": SFT} | {
+        system_of(name, seed): run / "artifact" for name, by_seed in policies.items() for seed, run in by_seed.items()
+    }
+    folder = runs / "gold"
+    if not (folder / "results.json").is_file():
+        named = ",".join(f"{name}:{path}" for name, path in systems.items())
+        command = [*RLHF, "evaluate", f"systems={{{named}}}", f"run_dir={folder}", "samples=0"]
+        command += ["prompts.path=lab:heldout_prompts", f"prompts.lab.heldout_prompts={PROMPTS}"]
+        subprocess.run([*command, "sampling.max_new_tokens=48"], check=True)
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+
+
+def divergences(policies: dict[str, dict[int, Path]], runs: Path) -> dict[str, float]:
+    """Mean over the judged answers of log pi - log pi_sft, by system: nats a response."""
+    import torch
+
+    from rlhf_pipeline.config.schema import ReadyModelConfig, TokenizerConfig
+    from rlhf_pipeline.data.prompts import Renderer
+    from rlhf_pipeline.data.records import Message
+    from rlhf_pipeline.data.tokenizer import open_tokenizer
+    from rlhf_pipeline.data.tree import Tree
+    from rlhf_pipeline.evaluation.implicit import log_probabilities, open_policy
+
+    torch.set_num_threads(2)
+    tokenizer = open_tokenizer(str(SFT), TokenizerConfig())
+    renderer = Renderer(tokenizer)
+
+    def opened(path: Path) -> Any:
+        return open_policy(ReadyModelConfig(path=str(path)), tokenizer, torch.device("cpu"))
+
+    def tree(index: int, row: dict[str, Any]) -> Tree:
+        prompt = renderer.prompt([Message(**message) for message in row["prompt"]])
+        ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        if row["finish_reason"] == "stop":
+            ids = [*ids, renderer.end_ids[0]]
+        response = np.array(ids or [renderer.end_ids[0]], np.int32)
+        return Tree(prompt=prompt, responses=(response,), scored=(np.ones(len(response), bool),), index=index)
+
+    reference, found = opened(SFT), {}
+    for name, by_seed in policies.items():
+        for seed, run in by_seed.items():
+            rows = answers(runs / "gold" / system_of(name, seed))
+            trees = [tree(i, row) for i, row in enumerate(rows)]
+            ours, theirs = (
+                np.concatenate(log_probabilities(model, trees, batch_tokens=8192))
+                for model in (opened(run / "artifact"), reference)
+            )
+            found[system_of(name, seed)] = float((ours - theirs).mean())
+    return found
+
+
+def table(policies: dict[str, dict[int, Path]], gold: dict[str, Any], runs: Path) -> str:
+    """A line an objective: means over seeds, with the lowest and the highest."""
+    kl = divergences(policies, runs)
+    scores = verdicts(runs / "gold")
+    rows = [
+        "| objective | gold | to sft, paired: mean; seed 0 | win rate | KL | tokens | seconds | GB |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| sft | {gold['systems']['sft']['score']['mean']:.3f} | | | | {tokens(runs, 'sft'):.1f} | | |",
+    ]
+    for name, by_seed in sorted(policies.items()):
+        names = [system_of(name, seed) for seed in by_seed]
+        gaps = [gold["differences"][f"{one} - sft"] for one in names]
+        first = gaps[0]
+        logs = [metrics(run) for run in by_seed.values()]
+        cells = [
+            spread([gold["systems"][one]["score"]["mean"] for one in names]),
+            f"{mean(g['mean'] for g in gaps):+.3f}; {first['mean']:+.3f} [{first['low']:+.3f}, {first['high']:+.3f}]",
+            spread([won(scores[one], scores["sft"]) for one in names]),
+            spread([kl[one] for one in names], digits=2),
+            f"{mean(tokens(runs, one) for one in names):.1f}",
+            f"{mean(log['seconds'] for log in logs):.0f}",
+            f"{mean(log['memory'] for log in logs):.2f}",
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def verdicts(folder: Path) -> dict[str, dict[int, float]]:
+    """Scores by system and prompt."""
+    found: dict[str, dict[int, float]] = {}
+    for place, line in enumerate((folder / "verdicts.jsonl").read_text().splitlines()):
+        for name, answer in json.loads(line)["answers"].items():
+            found.setdefault(name, {})[place] = answer["score"]
+    return found
+
+
+def won(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    """Share of prompts with the better score, a tie half."""
+    return mean(1.0 if ours[i] > theirs[i] else 0.5 * (ours[i] == theirs[i]) for i in theirs)
+
+
+def tokens(runs: Path, system: str) -> float:
+    return mean(row["response_tokens"] for row in answers(runs / "gold" / system))
+
+
+def metrics(run: Path) -> dict[str, float]:
+    """Of all steps the seconds, and the most memory."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "time/step_seconds" in line]
+    return {
+        "seconds": sum(line["time/step_seconds"] for line in steps),
+        "memory": max(line["time/peak_memory_gb"] for line in steps),
+    }
+
+
+def spread(values: list[float], *, digits: int = 3) -> str:
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
