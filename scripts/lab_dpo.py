@@ -54,10 +54,9 @@ def main() -> None:
 
     policies: dict[str, dict[int, Path]] = {}
     for seed in range(given.seeds):
-        sequence = {SEQUENCE_FORM: run for run in runs_of(given.runs, f"sequence_{seed}").values()}
-        found = {**runs_of(given.runs, f"seed_{seed}"), **sequence}
-        for objective, run in found.items():
+        for objective, run in runs_of(given.runs, f"seed_{seed}").items():
             policies.setdefault(objective, {})[seed] = run
+        policies.setdefault(SEQUENCE_FORM, {})[seed] = runs_of(given.runs, f"sequence_{seed}")["unlikelihood"]
     gold = gold_scores(policies, given.runs)
     print(table(policies, gold, given.runs))
 

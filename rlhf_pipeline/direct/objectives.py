@@ -114,6 +114,8 @@ def loss_terms(
         reference_point = torch.as_tensor(point, dtype=of.ratio.dtype, device=of.ratio.device)
         loss = VERDICTS[objective.name](of, reference_point, objective).sum()
     terms = {"loss": Term(loss, counts["loss"])}
+    if traits.unit is Unit.verdicts:
+        terms["reference_point"] = Term(reference_point * counts["loss"], counts["loss"], weight=0.0)
     if objective.likelihood:
         whole = response_logprobs(logprobs, batch.sequence, len(batch.last), reduction=objective.likelihood_reduction)
         likely = -whole[_preferred(batch.prompt, batch.rank)].sum()
@@ -185,7 +187,7 @@ def _counts(prompt: Tensor, rank: Tensor, pairs: Pairs, objective: DirectConfig)
     counts = {"loss": loss} | ({"likelihood": preferred} if objective.likelihood else {})
     if unit is Unit.verdicts:
         wanted = float((rank == 0).sum())
-        return counts | {"reward_chosen": wanted, "reward_rejected": len(rank) - wanted}
+        return counts | {"reference_point": loss, "reward_chosen": wanted, "reward_rejected": len(rank) - wanted}
     return counts | dict.fromkeys(("accuracy", "margin", "reward_chosen", "reward_rejected"), ordered)
 
 

@@ -257,7 +257,8 @@ def test_implicit_rewards_of_verdicts() -> None:
         values = [reward for reward, (rank,) in zip(rewards, VERDICTS, strict=True) if rank == place]
         assert float(terms[figure].sum) / terms[figure].count == pytest.approx(np.mean(values), rel=RELATIVE)
         assert terms[figure].weight == 0 and not terms[figure].sum.requires_grad
-    assert set(terms) == {"loss", "reward_chosen", "reward_rejected"}
+    assert float(terms["reference_point"].sum) / terms["reference_point"].count == pytest.approx(POINT, rel=RELATIVE)
+    assert set(terms) == {"loss", "reference_point", "reward_chosen", "reward_rejected"}
 
 
 def test_equal_rewards_are_right_half_of_the_time() -> None:
