@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # what goes token by token, but keys and values
+MARK = "narrows_to_states_read"  # on a layer that has its hooks
 WORTH = 0.8  # of all positions: above, picking them out costs more than it saves
 
 
@@ -28,8 +29,9 @@ class LastLayer:
         layers = getattr(body, "layers", None)
         last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
         parts = [] if last is None else [part for name in PARTS if (part := _submodule(last, name)) is not None]
-        if last is None or not parts:
+        if last is None or not parts or getattr(last, MARK, False):  # a model may be wrapped again
             return
+        setattr(last, MARK, True)
         # Also when a checkpointed layer is computed again in the backward pass, with the same arguments.
         last.register_forward_pre_hook(self._remember, with_kwargs=True)
         for part in parts:
