@@ -1,6 +1,7 @@
 """What one stage hands the next: a folder that transformers opens as it is, and `artifact.json`, written last.
 
-The only file that knows an artifact's file names. Resume state is a different thing in a different folder (resume.py).
+The only file that knows an artifact's file names. Resume state is a different thing in a different folder (resume.py),
+and what the model card says is made in card.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,12 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_pipeline import card
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import disk_errors, publish, sha256, write_json
 
 FORMAT = 1
 MANIFEST = "artifact.json"
 ADAPTER = "adapter"
+CARD = "README.md"  # of no checksum, nor of the content hash: people edit it, and the model stays what it is
 
 
 class Kind(StrEnum):
@@ -101,7 +105,9 @@ def save(
             files=files,
             content_hash=_content_hash(files),
         )
-        write_json(partial / MANIFEST, asdict(complete))
+        said = asdict(complete)
+        (partial / CARD).write_text(_card(said, model=model, weights=weights, folder=partial), encoding="utf-8")
+        write_json(partial / MANIFEST, said)
         publish(partial, path)
     return complete
 
@@ -190,6 +196,42 @@ def require_same(parents: dict[str, Parent]) -> None:
                 )
             if value is not None:
                 seen[value] = name
+
+
+def _card(manifest: dict[str, Any], *, model: Any, weights: dict[str, Tensor], folder: Path) -> str:
+    from safetensors import safe_open
+
+    parameters = 0  # of the files: the state dict has a tied tensor twice
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    size = card.Size(
+        parameters=parameters,
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})),
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
+    ancestors = _ancestors(manifest["parents"])
+    base = card.root(manifest, ancestors)
+    on_hub = base is not None and not Path(base).exists()
+    return card.model_card(manifest, size=size, ancestors=ancestors, base_model=base if on_hub else None)
+
+
+def _ancestors(direct: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Manifests of all that a model came from, by content hash, where they still are what they were; perhaps others."""
+    found: dict[str, dict[str, Any]] = {}
+    left = list(direct.values())
+    while left:
+        one = left.pop()
+        try:
+            raw = json.loads((Path(one["path"]) / MANIFEST).read_text())
+            parents = list(raw["parents"].values())
+            whole = all(isinstance(p["path"], str) and isinstance(p["content_hash"], str | None) for p in parents)
+            if whole and raw["content_hash"] not in found:  # by its own: one made anew is not what a child names
+                found[raw["content_hash"]] = raw
+                left += parents
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # a folder without one, or anything else: a run is not to end for its card
+    return found
 
 
 def _link_or_copy(source: str, target: str) -> None:

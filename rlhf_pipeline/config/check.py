@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rlhf_pipeline.config.check_direct import check_direct
 from rlhf_pipeline.config.check_ppo import check_ppo
+from rlhf_pipeline.config.check_scorers import scorers
 from rlhf_pipeline.config.ranking import RankingLoss, Ties
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
@@ -74,7 +75,7 @@ def check(config: CommandConfig) -> list[str]:
         case PrepConfig():
             sections += [_data(config.data)]
         case GenerateConfig():
-            sections += [_prompts(config.prompts), _sampling(config.sampling)]
+            sections += [_prompts(config.prompts), _sampling(config.sampling), _best_of(config)]
         case ChatConfig():
             sections += [_sampling(config.sampling)]
         case ScoreConfig():
@@ -179,6 +180,28 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
         )
     if sampling.temperature == 0 and sampling.samples > 1:
         yield f"sampling.samples={sampling.samples}: at temperature 0 all answers to a prompt are the same"
+
+
+def _best_of(config: GenerateConfig) -> Iterator[str]:
+    best_of, rewards, sampling = config.best_of, config.rewards, config.sampling
+    yield from positive("best_of", best_of)
+    if best_of == 1 and rewards:
+        yield "rewards: choose among answers, and best_of=1 draws one; set best_of to 2 or more, or leave rewards out"
+    if best_of > 1 and not rewards:
+        yield (
+            f"best_of={best_of}: the best by what? Add +rewards.<name>.model.path=<an artifact of rlhf rm>, or .program, "
+            "or .url"
+        )
+    if best_of > 1 and rewards and not any(one.weight for one in rewards.values()):
+        yield "rewards: every weight is 0, which is for scorers that are only written down; one must count"
+    if best_of > 1 and sampling.samples > 1:
+        yield (
+            f"best_of={best_of}: writes one answer to a prompt, and sampling.samples={sampling.samples} asks for more; "
+            "leave one of them out"
+        )
+    if best_of > 1 and sampling.temperature == 0:
+        yield f"best_of={best_of}: at temperature 0 all answers to a prompt are the same"
+    yield from scorers(rewards)
 
 
 def _evaluate(config: EvaluateConfig) -> Iterator[str]:

@@ -30,7 +30,7 @@ from rlhf_pipeline.config.explain import (
     no_such_key,
 )
 from rlhf_pipeline.config.ppo import ScorerConfig
-from rlhf_pipeline.config.stages import STAGES, DpoConfig, PpoConfig
+from rlhf_pipeline.config.stages import STAGES, DpoConfig, GenerateConfig, PpoConfig
 from rlhf_pipeline.errors import UserError
 
 
@@ -123,7 +123,7 @@ def to_object(node: DictConfig) -> Any:
         config: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {first_line(error)}") from None
-    if isinstance(config, PpoConfig | DpoConfig):
+    if isinstance(config, PpoConfig | DpoConfig | GenerateConfig):
         config.rewards = _scorers(config.rewards)
     return config
 

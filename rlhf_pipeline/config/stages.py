@@ -138,6 +138,8 @@ class GenerateConfig(CommandConfig):
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    best_of: int = 1  # so many answers are drawn for each prompt, and the one that `rewards` score highest is written
+    rewards: Any = field(default_factory=dict)  # {name: ScorerConfig}; see PpoConfig
     output: str | None = None  # null: responses.jsonl in the run's folder; - writes to standard output
     runtime: RuntimeConfig = operational(factory=RuntimeConfig)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from rlhf_pipeline.files import disk_errors, sync, write_json
 from rlhf_pipeline.generation.decode import Completion
 from rlhf_pipeline.generation.prompts import Asked
 
-OURS = ("index", "sample", "prompt", "response", "finish_reason", "prompt_tokens", "response_tokens", "origin")
 KEPT = "The answers before it are kept."
 Pair = tuple[int, int]  # index of a prompt, number of a sample
 
 
-def row_of(asked: Asked, answer: Completion, text: str) -> dict[str, Any]:
-    """One line of the output. A column of the input whose name is one of ours is kept as input_<name>."""
-    others = {f"input_{name}" if name in OURS else name: value for name, value in asked.columns.items()}
-    return {
+def row_of(asked: Asked, answer: Completion, text: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One line of the output, with `more` fields. An input's column whose name is one of ours is kept as input_<name>."""
+    ours = {
         "index": asked.index,
         "sample": answer.sample,
         "prompt": [{"role": m.role, "content": m.content} for m in asked.messages],
@@ -35,8 +33,9 @@ def row_of(asked: Asked, answer: Completion, text: str) -> dict[str, Any]:
         "prompt_tokens": len(asked.tokens),
         "response_tokens": len(answer.tokens),
         "origin": asked.origin,
-        **others,
+        **(more or {}),
     }
+    return ours | {f"input_{name}" if name in ours else name: value for name, value in asked.columns.items()}
 
 
 def line_of(row: dict[str, Any]) -> str:

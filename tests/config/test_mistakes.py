@@ -13,6 +13,7 @@ import pytest
 from rlhf_pipeline import config
 from rlhf_pipeline.config.compose import examine
 from rlhf_pipeline.config.explain import nearest
+from rlhf_pipeline.config.identity import identity
 from rlhf_pipeline.errors import UserError
 
 GIVEN = ["data.train=some.jsonl", "model.path=some_model"]
@@ -139,6 +140,41 @@ WITHOUT_TRAINING = [
     ("generate", ["sampling.temperature=0", "sampling.samples=2"], "sampling.samples=2: at temperature 0 all answers"),
     ("generate", ["sampling.min_new_tokens=999"], "sampling.min_new_tokens=999: more than sampling.max_new_tokens=256"),
     ("generate", ["prompts.columns=x"], "prompts.columns=x: must map fields of ours to columns of yours"),
+    ("generate", ["best_of=0"], "best_of=0: must be more than 0"),
+    (
+        "generate",
+        ["best_of=4"],
+        "best_of=4: the best by what? Add +rewards.<name>.model.path=<an artifact of rlhf rm>, or .program, or .url",
+    ),
+    (
+        "generate",
+        ["+rewards.rm.model.path=m"],
+        "rewards: choose among answers, and best_of=1 draws one; set best_of to 2 or more, or leave rewards out",
+    ),
+    (
+        "generate",
+        ["best_of=4", "+rewards.a.program=a:b", "sampling.samples=2"],
+        "best_of=4: writes one answer to a prompt, and sampling.samples=2 asks for more; leave one of them out",
+    ),
+    (
+        "generate",
+        ["best_of=4", "+rewards.a.program=a:b", "sampling.temperature=0"],
+        "best_of=4: at temperature 0 all answers to a prompt are the same",
+    ),
+    (
+        "generate",
+        ["best_of=4", "+rewards.a.program=a:b", "+rewards.a.weight=0"],
+        "rewards: every weight is 0, which is for scorers that are only written down; one must count",
+    ),
+    ("generate", ["best_of=2", "+rewards.std.program=a:b"], "rewards.std: rollout/score_std is another metric; choose"),
+    ("generate", ["best_of=2", "+rewards.a-b.program=a:b"], "rewards.a-b: a scorer's name stands in the names of metr"),
+    ("generate", ["best_of=2", "+rewards.rm.modle.path=m"], "rewards.rm.modle: Key 'modle' not in 'ScorerConfig'"),
+    (
+        "generate",
+        ["best_of=2", "+rewards.rm.weight=2"],
+        "rewards.rm: set exactly one of model, program and url; it has",
+    ),
+    ("generate", ["best_of=2", "rewards=3"], "rewards=3: must map names of yours to scorers"),
     ("chat", ["model.path=null", "prompts.path=null"], "prompts.path=null: there is no key 'prompts'"),
     ("chat", ["name=.x"], "name='.x': a run's name is a folder name"),
     ("evaluate", ["systems=null"], "systems=None: name what to compare, as in 'systems={base:<model>,sft:<model>}'"),
@@ -168,6 +204,13 @@ def test_commands_that_train_nothing(stage: str, overrides: list[str], beginning
     assert examine(stage, given)[1] == []
     problem, *_ = examine(stage, [*given, *overrides])[1]
     assert problem.startswith(beginning)
+
+
+def test_the_best_of_several_answers() -> None:
+    given = [*GIVEN_WITHOUT_TRAINING["generate"], "best_of=4", "+rewards.rm.model.path=m", "+rewards.mine.program=a:b"]
+    assert examine("generate", [*given, "+rewards.mine.weight=0"])[1] == []
+    found = identity(examine("generate", given)[0])
+    assert (found["best_of"], found["rewards.rm.model.path"], found["rewards.mine.weight"]) == (4, "m", 1.0)
 
 
 RANKINGS = {

@@ -38,7 +38,7 @@ def users_part(stage: str, overrides: list[str]) -> list[str]:
         part.append("mix.train=some_text")
     if "ptx" in node and node.ptx.coefficient > 0 and node.ptx.train is None:
         part.append("ptx.train=some_text")
-    if "rewards" in node:
+    if "rewards" in node and node.get("best_of") != 1:  # which leaves nothing to choose by them
         models = {name: one.get("model") for name, one in node.rewards.items()} or {"rm": {}}
         added = "" if node.rewards else "+"
         part += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,14 @@ from helpers_runs import (
     weights,
     write_jsonl,
 )
+from helpers_scoring import make_small_reward_model, plain_reward, plain_tokens
 
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind, Parent
 from rlhf_pipeline.errors import UserError
 
 FILES = {
+    "README.md",
     "artifact.json",
     "chat_template.jinja",
     "config.json",
@@ -39,6 +42,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+CHECKED = FILES - {"README.md", "artifact.json"}
 PRETRAIN = [
     "pretrain",
     "data.train=text.jsonl",
@@ -87,7 +91,7 @@ def test_files_and_checksums(pretrained: Path, tuned: Path) -> None:
     for run in (pretrained, tuned):
         assert files_below(run / "artifact") == FILES
         written = manifest(run / "artifact")["files"]
-        assert written.keys() == FILES - {"artifact.json"}
+        assert written.keys() == CHECKED
         for name, digest in written.items():
             assert hashlib.sha256((run / "artifact" / name).read_bytes()).hexdigest() == digest
 
@@ -238,6 +242,61 @@ def test_transformers_alone_computes_the_same(tuned: Path, tmp_path: Path) -> No
     assert answer[0, outside["prompt"] :].tolist() == outside["generated"]
 
 
+# The model card
+
+
+def said(card: Path) -> dict[str, str]:
+    """Rows of the card's tables with two columns."""
+    cells = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("| ")]
+    return {row[0].strip("`"): row[1].strip("`") for row in cells if len(row) == 2}
+
+
+def what_it_prints(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the card's only Python, as somebody who stands in the folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    return capsys.readouterr().out
+
+
+def test_card(pretrained: Path, tuned: Path) -> None:
+    card = tuned / "artifact/README.md"
+    parameters = sum(tensor.numel() for tensor in weights(tuned / "artifact").values())
+    assert said(card)["parameters"] == f"{parameters:,}"
+    assert said(card)["weights"] == "float32" and said(card)["made by"] == "rlhf sft`, after step 4"
+    assert said(card)["content hash"] == manifest(tuned / "artifact")["content_hash"]
+    assert said(card)["optim.lr"] == "0.002" and said(card)["batch.examples"] == "8"
+    base = manifest(pretrained / "artifact")["content_hash"]
+    assert f"- `model`: `runs/a/pretrain/artifact`, policy of `rlhf pretrain`, `{base}`\n" in card.read_text()
+    assert "base_model" not in card.read_text()
+    assert "It began from scratch." in (pretrained / "artifact/README.md").read_text()
+
+
+def test_card_may_be_edited_or_missing(broken: Path) -> None:
+    """As in artifacts of before there were cards."""
+    (broken / "README.md").write_text("ours\n")
+    assert artifact.load(broken, kind=Kind.policy).stage == "sft"
+    (broken / "README.md").unlink()
+    assert artifact.load(broken, kind=Kind.policy).stage == "sft"
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_policys_card_opens_it(
+    stage: str, folder: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert what_it_prints(folder / f"runs/a/{stage}/artifact", monkeypatch, capsys).strip()
+
+
+def test_a_reward_models_card_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_small_reward_model(tmp_path / "rm", kind=Kind.reward_model, shift=0.75, scale=0.5)
+    prompt = [{"role": "user", "content": "What is a prime number?"}]
+    raw = plain_reward(made, plain_tokens(made, prompt, "A number that only 1 and itself divide."))
+    assert float(what_it_prints(made, monkeypatch, capsys)) == pytest.approx((raw - 0.75) / 0.5, abs=1e-5)
+
+
 def test_zero_3_writes_whole_tensors(folder: Path, pretrained: Path, tuned: Path, rlhf: Forks) -> None:
     """The same tensors as at stage 1, of full size, on one process; tests/distributed has two."""
     rlhf.run(folder, *SFT, "name=three", "engine=zero3")
@@ -247,7 +306,7 @@ def test_zero_3_writes_whole_tensors(folder: Path, pretrained: Path, tuned: Path
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
     assert all(tensor.numel() > 0 for tensor in other.values())
     assert relative_difference(other, one) < 1e-6
-    for name in FILES - {"artifact.json", "model.safetensors"}:
+    for name in CHECKED - {"model.safetensors"}:
         assert (three / "artifact" / name).read_bytes() == (tuned / "artifact" / name).read_bytes(), name
 
 
@@ -300,13 +359,13 @@ def test_whole_one_is_taken(broken: Path) -> None:
     assert artifact.load(broken, kind=Kind.policy).stage == "sft"
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"artifact.json"}))
+@pytest.mark.parametrize("name", sorted(CHECKED))
 def test_missing_file(broken: Path, name: str) -> None:
     (broken / name).unlink()
     assert f"{name} is missing" in refusal(broken)
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"artifact.json"}))
+@pytest.mark.parametrize("name", sorted(CHECKED))
 def test_damaged_file(broken: Path, name: str) -> None:
     content = bytearray((broken / name).read_bytes())
     content[len(content) // 2] ^= 1
