@@ -122,6 +122,7 @@ def _failing(calls: list[int], number: int, call: int, original: Callable[[Path]
     original(path)
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_does(base: Path, tmp_path: Path, assert_close: Callable[..., None]) -> None:
     import torch
 

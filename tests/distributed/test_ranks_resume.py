@@ -185,11 +185,9 @@ def test_another_number_of_processes_or_zero_stage(runs: Runs, before: Layout, a
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        ((2, 2), (1, 3)),
-        *(pytest.param(a, b, marks=SLOW) for a, b in [((1, 1), (2, 3)), ((2, 3), (2, 1)), ((1, 3), (1, 1))]),
-    ],
+    [((2, 2), (1, 3)), ((1, 1), (2, 3)), ((2, 3), (2, 1)), ((1, 3), (1, 1))],
 )
+@pytest.mark.slow
 def test_bf16_moves_as_well(runs: Runs, before: Layout, after: Layout) -> None:
     """The fp32 masters and moments move; the losses then agree to bf16's few digits."""
     dtype = "model.dtype=bfloat16"
@@ -213,10 +211,10 @@ def test_bf16_pause_is_not_seen_in_the_end(runs: Runs, layout: Layout) -> None:
     assert_same_end(run, undisturbed)
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("zero3_offload", 2), *(
-    pytest.param(engine, ranks, marks=SLOW) for engine, ranks in
-    [("zero2_offload", 2), ("zero2_offload", 1), ("zero3_offload", 1)]
-)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "ranks"), [("zero3_offload", 2), ("zero2_offload", 2), ("zero2_offload", 1), ("zero3_offload", 1)]
+)
 def test_offload_pause_is_not_seen_in_the_end(runs: Runs, engine: str, ranks: int) -> None:
     offload = f"engine={engine}"
     layout = (ranks, int(engine[4]))

@@ -79,7 +79,7 @@ CASES = {
     ),
 }
 
-SLOW = ("rdpo", "cpo")
+SLOW = ("dpo_rmsprop", "rdpo", "cpo")
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,8 @@ def test_every_zero_stage_trains_the_same(folder: Path, base: Path, rlhf: Forks,
     assert relative_difference(weights(run / "artifact"), weights(one / "artifact")) < 1e-6
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=SLOW), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
 def test_gradient_checkpointing_changes_nothing(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     plain = trained(rlhf, folder, base, f"plain{zero}", "lora=default", "lora.rank=4", f"engine=zero{zero}")
     less = ["lora=default", "lora.rank=4", f"engine=zero{zero}", "model.gradient_checkpointing=true"]
@@ -128,7 +129,7 @@ def test_a_state_holds_the_adapters_alone(folder: Path, base: Path, rlhf: Forks,
     assert all(t.abs().max() > 0 for t in saved.values())
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("zero", [1, *(pytest.param(zero, marks=SLOW) for zero in (0, 2, 3))])
 def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     undisturbed = stage(rlhf, folder, base, zero)
     command = [*SFT, f"model.path={base}", f"name=killed{zero}", *LORA, "lora.merge=false", f"engine=zero{zero}"]
@@ -147,7 +148,8 @@ def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, ze
     assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_quantised_run_goes_on_as_well(folder: Path, wide: Path, rlhf: Forks, dtype: str) -> None:
     overrides = [*QLORA, f"model.dtype={dtype}"]
     undisturbed = trained(rlhf, folder, wide, f"nf4_{dtype}", *overrides)
