@@ -1,4 +1,4 @@
-"""Every direct objective on the lab, several seeds: gold score, win rate, KL, length, seconds, memory. Prints Markdown.
+"""Every direct objective on the lab, several seeds: gold score, win rate, KL, length, seconds. Prints Markdown.
 
     python scripts/lab_dpo.py [--seeds 3] [--runs runs/lab_dpo] [--jobs 1] [override ...]
 
@@ -7,7 +7,8 @@ Trains conf/experiment/lab_dpo.yaml (see there for the two commands that make it
     rlhf dpo -m experiment=lab_dpo 'objective=glob(*)' seed=0,1,2
 
 or rather one such sweep a seed, then compares all policies with the fine-tuned model by `rlhf evaluate` on 1,000 held-out
-prompts. KL is measured on the answers that were judged. Runs that are there already are not made again. With `--jobs 2`
+prompts, and draws answers to them anew for the KL. Memory is not shown: a sweep is one process, whose peak is that of all
+its runs. Runs that are there already are not made again. With `--jobs 2`
 two sweeps share the cores, one each.
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -93,40 +94,32 @@ def answers(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
 
 
-def divergences(policies: dict[str, dict[int, Path]], runs: Path) -> dict[str, float]:
-    """Mean over the judged answers of log pi - log pi_sft, by system: nats a response."""
+def divergences(policies: dict[str, dict[int, Path]]) -> dict[str, float]:
+    """Mean of log pi - log pi_sft over answers that each policy draws to held-out prompts, by system: nats a response."""
     import torch
 
-    from rlhf_pipeline.config.schema import ReadyModelConfig, TokenizerConfig
-    from rlhf_pipeline.data.prompts import Renderer
-    from rlhf_pipeline.data.records import Message
-    from rlhf_pipeline.data.tokenizer import open_tokenizer
-    from rlhf_pipeline.data.tree import Tree
+    from rlhf_pipeline.config.ppo import RolloutConfig
+    from rlhf_pipeline.config.schema import LabConfig, PromptsConfig, ReadyModelConfig, TokenizerConfig
     from rlhf_pipeline.evaluation.implicit import log_probabilities, open_policy
+    from rlhf_pipeline.generation.load import open_renderer
+    from rlhf_pipeline.generation.prompts import read_prompts
+    from rlhf_pipeline.rollout import roll_out
 
-    torch.set_num_threads(2)
-    tokenizer = open_tokenizer(str(SFT), TokenizerConfig())
-    renderer = Renderer(tokenizer)
+    renderer = open_renderer(ReadyModelConfig(path=str(SFT)), TokenizerConfig())
+    where = PromptsConfig(path="lab:heldout_prompts", lab=LabConfig(heldout_prompts=PROMPTS), cache_dir="runs/cache")
+    asked = read_prompts(where, renderer, context=None).asked
 
     def opened(path: Path) -> Any:
-        return open_policy(ReadyModelConfig(path=str(path)), tokenizer, torch.device("cpu"))
-
-    def tree(index: int, row: dict[str, Any]) -> Tree:
-        prompt = renderer.prompt([Message(**message) for message in row["prompt"]])
-        ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        if row["finish_reason"] == "stop":
-            ids = [*ids, renderer.end_ids[0]]
-        response = np.array(ids or [renderer.end_ids[0]], np.int32)
-        return Tree(prompt=prompt, responses=(response,), scored=(np.ones(len(response), bool),), index=index)
+        return open_policy(ReadyModelConfig(path=str(path)), renderer.tokenizer, torch.device("cpu"))
 
     reference, found = opened(SFT), {}
     for name, by_seed in policies.items():
         for seed, run in by_seed.items():
-            rows = answers(runs / "gold" / system_of(name, seed))
-            trees = [tree(i, row) for i, row in enumerate(rows)]
+            policy = opened(run / "artifact")
+            options = RolloutConfig(samples=1, max_new_tokens=48)
+            trees = roll_out(policy.inner, asked, options, renderer=renderer, seed=0, first=0).trees
             ours, theirs = (
-                np.concatenate(log_probabilities(model, trees, batch_tokens=8192))
-                for model in (opened(run / "artifact"), reference)
+                np.concatenate(log_probabilities(model, trees, batch_tokens=8192)) for model in (policy, reference)
             )
             found[system_of(name, seed)] = float((ours - theirs).mean())
     return found
@@ -134,26 +127,24 @@ def divergences(policies: dict[str, dict[int, Path]], runs: Path) -> dict[str, f
 
 def table(policies: dict[str, dict[int, Path]], gold: dict[str, Any], runs: Path) -> str:
     """A line an objective: means over seeds, with the lowest and the highest."""
-    kl = divergences(policies, runs)
+    kl = divergences(policies)
     scores = verdicts(runs / "gold")
     rows = [
-        "| objective | gold | to sft, paired: mean; seed 0 | win rate | KL | tokens | seconds | GB |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| sft | {gold['systems']['sft']['score']['mean']:.3f} | | | | {tokens(runs, 'sft'):.1f} | | |",
+        "| objective | gold | to sft, paired: mean; seed 0 | win rate | KL | tokens | seconds |",
+        "|---|---|---|---|---|---|---|",
+        f"| sft | {gold['systems']['sft']['score']['mean']:.3f} | | | | {tokens(runs, 'sft'):.1f} | |",
     ]
     for name, by_seed in sorted(policies.items()):
         names = [system_of(name, seed) for seed in by_seed]
         gaps = [gold["differences"][f"{one} - sft"] for one in names]
         first = gaps[0]
-        logs = [metrics(run) for run in by_seed.values()]
         cells = [
             spread([gold["systems"][one]["score"]["mean"] for one in names]),
             f"{mean(g['mean'] for g in gaps):+.3f}; {first['mean']:+.3f} [{first['low']:+.3f}, {first['high']:+.3f}]",
             spread([won(scores[one], scores["sft"]) for one in names]),
             spread([kl[one] for one in names], digits=2),
             f"{mean(tokens(runs, one) for one in names):.1f}",
-            f"{mean(log['seconds'] for log in logs):.0f}",
-            f"{mean(log['memory'] for log in logs):.2f}",
+            f"{median(seconds(run) for run in by_seed.values()):.0f}",
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -177,14 +168,10 @@ def tokens(runs: Path, system: str) -> float:
     return mean(row["response_tokens"] for row in answers(runs / "gold" / system))
 
 
-def metrics(run: Path) -> dict[str, float]:
-    """Of all steps the seconds, and the most memory."""
+def seconds(run: Path) -> float:
+    """Of all steps."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "time/step_seconds" in line]
-    return {
-        "seconds": sum(line["time/step_seconds"] for line in steps),
-        "memory": max(line["time/peak_memory_gb"] for line in steps),
-    }
+    return float(sum(line.get("time/step_seconds", 0.0) for line in lines))
 
 
 def spread(values: list[float], *, digits: int = 3) -> str:
