@@ -79,7 +79,7 @@ CASES = {
     ),
 }
 
-SLOW = ("dpo_rmsprop", "rdpo", "cpo")
+SLOW = ("dpo_rmsprop", "plackett_luce", "rdpo", "cpo")
 
 
 @pytest.fixture(scope="module")
