@@ -138,6 +138,16 @@ class Engine:
         self._engine.train(mode)
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off within it, and no gradient."""
+        self.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train()
+
+    @contextmanager
     def whole(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Within it `parameters` hold all their elements on every rank; changes are dropped."""
         if self.zero_stage == 3:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -29,13 +28,11 @@ def held_out_policies(
     *,
     renderer: Renderer,
     layout: Layout,
-    evaluating: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Policy, Policy]:
     """(the policy, its reference), as they are at each use.
 
     Args:
         reference: gives it whenever it is used.
-        evaluating: dropout off within it, and no gradient.
     """
 
     def drawn(model: Any, asked: Sequence[Asked], seed: int) -> Rollout:
@@ -54,12 +51,12 @@ def held_out_policies(
             return drawn(model, asked, seed)
 
     def policy_logprobs(trees: list[Tree]) -> Tensor:
-        with evaluating():
+        with engine.evaluating():
             found: Tensor = per_token(lambda batch: logprobs_of(engine(batch)), trees, layout, engine.device)
         return found
 
     def reference_logprobs(trees: list[Tree]) -> Tensor:
-        with evaluating(), reference().ready() as forward:
+        with engine.evaluating(), reference().ready() as forward:
             found: Tensor = per_token(forward, trees, layout, engine.device)
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlhf_pipeline import runtime
 from rlhf_pipeline.config.schema import EvaluationConfig
@@ -29,16 +28,14 @@ class HeldOut:
         self.batches: list[PackedTrees] = micro_batches([data], [(0, i) for i in range(_size(data, config))], layout)
         self.prompts = [_prompt(data, i) for i in range(min(config.samples, len(data)))]
 
-    @torch.no_grad()
     def loss(self, engine: Engine) -> float:
         """Mean negative log-likelihood of the scored tokens."""
-        engine.train(False)
         total = {"loss": 0.0, "count": 0.0}
-        for micro in self.batches:
-            logprobs = engine(TreeBatch.of(micro, engine.device))
-            total["loss"] += float(negative_log_likelihood(logprobs))
-            total["count"] += len(logprobs)
-        engine.train()
+        with engine.evaluating():
+            for micro in self.batches:
+                logprobs = engine(TreeBatch.of(micro, engine.device))
+                total["loss"] += float(negative_log_likelihood(logprobs))
+                total["count"] += len(logprobs)
         total = runtime.sum_over_ranks(total)
         return total["loss"] / total["count"]
 

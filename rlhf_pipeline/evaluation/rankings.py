@@ -51,21 +51,19 @@ class Scored:
         (found,), means = self.collected(engine, numbers)
         return found, means
 
-    @torch.no_grad()
     def collected(self, engine: Engine, numbers: Numbers, *, each: int = 1) -> tuple[np.ndarray, dict[str, float]]:
         """So many numbers of `each` response, float64 [M, R], the same on every rank; and the means of the terms."""
-        engine.train(False)
         found = np.zeros((each, len(self.prompt)))
         sums: dict[str, float] = {}
-        for packed in self.batches:
-            values, terms = numbers(TreeBatch.of(packed, engine.device))
-            # Responses of a tree lie one after the other, in their own order.
-            within = np.arange(len(packed.prompt)) - np.searchsorted(packed.prompt, packed.prompt)
-            found[:, self.first[packed.index] + within] = values.double().cpu().numpy()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(term.sum)
-                sums[f"{name}/count"] = sums.get(f"{name}/count", 0.0) + term.count
-        engine.train()
+        with engine.evaluating():
+            for packed in self.batches:
+                values, terms = numbers(TreeBatch.of(packed, engine.device))
+                # Responses of a tree lie one after the other, in their own order.
+                within = np.arange(len(packed.prompt)) - np.searchsorted(packed.prompt, packed.prompt)
+                found[:, self.first[packed.index] + within] = values.double().cpu().numpy()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term.sum)
+                    sums[f"{name}/count"] = sums.get(f"{name}/count", 0.0) + term.count
         total = runtime.sum_over_ranks(sums)
         means = {name: total[name] / (total[f"{name}/count"] or 1.0) for name in total if not name.endswith("/count")}
         return runtime.sum_array_over_ranks(found), means

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,10 @@ class Models:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Dropout off within it, and no gradient."""
-        for engine in self.engines.values():
-            engine.train(False)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with ExitStack() as stack:
             for engine in self.engines.values():
-                engine.train()
+                stack.enter_context(engine.evaluating())
+            yield
 
     def logprobs(self, batch: TreeBatch) -> Tensor:
         """Of the policy, fp32 [N]."""

@@ -33,9 +33,10 @@ from rlhf_pipeline.functional.losses.policy import (
     token_weights,
 )
 from rlhf_pipeline.functional.terms import Term
+from rlhf_pipeline.models.reference import logprobs_of
 from rlhf_pipeline.models.tree_model import TreeBatch
 from rlhf_pipeline.ppo.experience import Experience, Shaped
-from rlhf_pipeline.ppo.models import Models, logprobs_of
+from rlhf_pipeline.ppo.models import Models
 from rlhf_pipeline.rollout import TreeList, with_numbers
 from rlhf_pipeline.update import update
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +193,7 @@ class ReferencePoint:
         """Of the policy as it is, before the update with these examples. Called by every rank."""
         assert self.others is not None
         total = 0.0
-        with evaluating(self.engine):
+        with self.engine.evaluating():
             for packed in micro_batches([self.others], examples, self.layout):
                 batch = self.frozen.beside(TreeBatch.of(packed, self.engine.device))
                 total += float((self.engine(batch) - batch.number(NAME)).double().sum())
@@ -207,17 +206,6 @@ def _first_evaluation(run: Run) -> dict[str, float]:
     file = run.folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if run.state and file.is_file() else []
     return next((found for line in lines if "eval/loss" in (found := json.loads(line))), {})
-
-
-@contextmanager
-def evaluating(engine: Engine) -> Iterator[None]:
-    """Dropout off within it, and no gradient."""
-    engine.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        engine.train()
 
 
 def _others(config: DpoConfig, preferences: TreeDataset) -> Partners | None:
@@ -241,7 +229,7 @@ def _check_start(
     """
     sums = {"gap": 0.0, "tokens": 0.0, "loss": 0.0, "count": 0.0}
     some = [(0, i) for i in range(min(len(data), config.batch.examples or 1))]
-    with evaluating(engine):
+    with engine.evaluating():
         for packed in micro_batches([data], some, layout):
             batch = frozen.beside(TreeBatch.of(packed, engine.device))
             logprobs = engine(batch)
@@ -287,7 +275,6 @@ def _held_out_prompts(
         options,
         renderer=renderer,
         layout=layout,
-        evaluating=partial(evaluating, frozen.engine),
     )
     return HeldOutPrompts(
         asked,

@@ -267,7 +267,6 @@ def _held_out(loop: Loop, heldout: PromptSet) -> HeldOutPrompts:
         replace(config.rollout, samples=1),
         renderer=loop.renderer,
         layout=loop.layout,
-        evaluating=models.evaluating,
     )
     return HeldOutPrompts(
         heldout.asked[: config.evaluation.examples],

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_pipeline.config.direct import Reduction
 from rlhf_pipeline.data.loader import Layout
 from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.evaluation.direct import HeldOutPreferences, area_under_curve, fallen
 from rlhf_pipeline.functional.terms import Term
 from rlhf_pipeline.models.tree_model import TreeBatch
@@ -64,6 +65,8 @@ class Eighths:
 
     def train(self, mode: bool = True) -> None:
         self.training = mode
+
+    evaluating = Engine.evaluating
 
     def __call__(self, batch: TreeBatch) -> Tensor:
         assert not self.training and not torch.is_grad_enabled()

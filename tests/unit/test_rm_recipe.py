@@ -19,6 +19,7 @@ from rlhf_pipeline.config.schema import EvaluationConfig
 from rlhf_pipeline.data.loader import Layout
 from rlhf_pipeline.data.packing import PackedTrees, pack
 from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.rankings import HeldOutRankings, Scored
 from rlhf_pipeline.functional.terms import Term, add_counts, objective
@@ -240,6 +241,8 @@ class Sums:
 
     def train(self, mode: bool = True) -> None:
         self.training = mode
+
+    evaluating = Engine.evaluating
 
     def __call__(self, batch: TreeBatch) -> tuple[Tensor, None]:
         assert not self.training
