@@ -210,13 +210,13 @@ def _card(manifest: dict[str, Any], *, model: Any, weights: dict[str, Tensor], f
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})),
         context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
-    ancestors = _ancestors(manifest["parents"])
-    base = card.root(manifest, ancestors)
+    lineage = ancestors(manifest["parents"])
+    base = card.root(manifest, lineage)
     on_hub = base is not None and not Path(base).exists()
-    return card.model_card(manifest, size=size, ancestors=ancestors, base_model=base if on_hub else None)
+    return card.model_card(manifest, size=size, ancestors=lineage, base_model=base if on_hub else None)
 
 
-def _ancestors(direct: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def ancestors(direct: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Manifests of all that a model came from, by content hash, where they still are what they were; perhaps others."""
     found: dict[str, dict[str, Any]] = {}
     left = list(direct.values())

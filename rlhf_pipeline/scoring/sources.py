@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_pipeline import runtime
+from rlhf_pipeline import runtime, servers
 from rlhf_pipeline.config.ppo import ScorerConfig
 from rlhf_pipeline.config.schema import TokenizerConfig
 from rlhf_pipeline.data.records import BadRow, Message
@@ -75,7 +75,7 @@ def check_sources(scorers: Mapping[str, ScorerConfig]) -> None:
         try:
             if config.program is not None:
                 programs.open_program(config.program)
-            elif config.url is not None and (why := served.complaint(config.url)):
+            elif config.url is not None and (why := servers.complaint(config.url)):
                 raise UserError(why)
         except UserError as error:
             wrong.append(f"rewards.{name}: {error}")
@@ -193,7 +193,7 @@ def _of_program(name: str, path: str, weight: float) -> Source:
 
 def _of_server(name: str, config: ScorerConfig) -> Source:
     assert config.url is not None
-    if why := served.complaint(config.url):
+    if why := servers.complaint(config.url):
         raise UserError(why)
     server = served.Server(url=config.url, batch=config.batch, timeout=config.timeout, retries=config.retries)
     what = f"server {redact_text(config.url)}, {config.batch} in a request"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_pipeline.artifact import Kind, Manifest, Parent, _ancestors, _card
+from rlhf_pipeline import artifact
+from rlhf_pipeline.artifact import Kind, Manifest, Parent, _card
 from rlhf_pipeline.card import Size, model_card, root
 
 SIZE = Size(parameters=1_234_567, dtypes=("bfloat16",), context=2048)
@@ -145,7 +146,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_lineage_of_two_parents(family: dict[str, Any]) -> None:
-    ancestors = _ancestors(family["parents"])
+    ancestors = artifact.ancestors(family["parents"])
     assert section(card(family, ancestors=ancestors), "Lineage").splitlines() == [
         f"- `model`: `runs/sft`, policy of `rlhf sft`, `{HASHES['sft']}`",
         "  - `model`: `org/base`, a model that is no artifact",
@@ -161,7 +162,7 @@ def test_lineage_of_two_parents(family: dict[str, Any]) -> None:
 )
 def test_lineage_ends_where_a_parent_is_not_what_it_was(family: dict[str, Any], content: str) -> None:
     Path("runs/sft/artifact.json").write_text(content.replace("HASH", HASHES["sft"]))
-    ancestors = _ancestors(family["parents"])
+    ancestors = artifact.ancestors(family["parents"])
     lines = section(card(family, ancestors=ancestors), "Lineage").splitlines()
     assert lines[0] == f"- `model`: `runs/sft`, `{HASHES['sft']}`, which was not there to be read"
     assert len(lines) == 3 and root(family, ancestors) is None
@@ -171,7 +172,7 @@ def test_lineage_that_turns_back_on_itself(family: dict[str, Any]) -> None:
     said = json.loads(Path("runs/sft/artifact.json").read_text())
     said["parents"] = {"model": {"path": "runs/sft", "content_hash": HASHES["sft"]}}
     Path("runs/sft/artifact.json").write_text(json.dumps(said))
-    ancestors = _ancestors(family["parents"])
+    ancestors = artifact.ancestors(family["parents"])
     assert "as above" in section(card(family, ancestors=ancestors), "Lineage").splitlines()[1]
     assert root(family, ancestors) is None
 

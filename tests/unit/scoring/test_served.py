@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline import servers
 from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.launch import free_port
 from rlhf_pipeline.scoring import served
 from rlhf_pipeline.scoring.episodes import Episode
-from rlhf_pipeline.scoring.served import Server, complaint, score
+from rlhf_pipeline.scoring.served import Server, score
+from rlhf_pipeline.servers import complaint
 
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]  # status, content, headers
 Behaviour = Callable[[list[dict[str, Any]], int], Answer]  # of the episodes and the number of the request
@@ -27,7 +29,7 @@ Behaviour = Callable[[list[dict[str, Any]], int], Answer]  # of the episodes and
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
 
 
 class Asked:
@@ -239,7 +241,7 @@ def test_what_is_not_finite_is_given_on() -> None:
 
 
 def test_a_failure_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "FIRST_WAIT", 60.0)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 60.0)
 
     def one_is_refused(given: list[dict[str, Any]], number: int) -> Answer:
         return (400, "no") if given[0]["response"] == "x" * 8 else (503, "busy")
