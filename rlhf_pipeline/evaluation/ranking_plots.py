@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhf_pipeline.evaluation import pictures
+from rlhf_pipeline.evaluation.pictures import BLUE, GREY, ORANGE
 from rlhf_pipeline.evaluation.ranking_metrics import CALIBRATION_BINS, Judged, RankingMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 MOST_BINS = 40
 
 
@@ -26,7 +24,7 @@ def reliability(metrics: RankingMetrics, path: Path) -> None:
     Points on the diagonal are calibrated; below it the model is surer than it should be. Without comparisons the
     diagram is empty.
     """
-    figure = _figure(6, 4.8)
+    figure = pictures.figure(6, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
     bins = metrics.calibration
     upper.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated", zorder=1)
@@ -77,7 +75,7 @@ def reliability(metrics: RankingMetrics, path: Path) -> None:
     lower.set_ylabel("share, %", fontsize=9)
     lower.set_xlabel("confidence: predicted probability that the higher reward wins", fontsize=9)
     _head(upper, "Reliability on held-out comparisons")
-    _write(figure, [upper, lower], path)
+    pictures.write(figure, [upper, lower], path)
 
 
 def rewards(judged: Judged, path: Path, *, shift: float = 0.0, scale: float = 1.0) -> None:
@@ -85,7 +83,7 @@ def rewards(judged: Judged, path: Path, *, shift: float = 0.0, scale: float = 1.
 
     `shift` and `scale` are the artifact's: rewards are shown less the shift and divided by the scale.
     """
-    figure = _figure(6, 3.8)
+    figure = pictures.figure(6, 3.8)
     axes = figure.subplots()
     values = (judged.reward - shift) / scale
     low, high = float(values.min()), float(values.max())
@@ -106,7 +104,7 @@ def rewards(judged: Judged, path: Path, *, shift: float = 0.0, scale: float = 1.
     axes.set_ylabel("share of its group, %", fontsize=9)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
-    _write(figure, [axes], path)
+    pictures.write(figure, [axes], path)
 
 
 def _headline(metrics: RankingMetrics) -> str:
@@ -118,16 +116,6 @@ def _headline(metrics: RankingMetrics) -> str:
         f"calibration error (ECE) {metrics.ece:.3f}\n"
         f"{accuracy.count:,} comparisons, {accuracy.prompts:,} prompt{'s' * (accuracy.prompts != 1)}"
     )
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure with a canvas of its own: nothing of pyplot's, whose state belongs to the whole process."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _head(axes: Axes, title: str) -> None:
@@ -143,16 +131,3 @@ def _head(axes: Axes, title: str) -> None:
         borderpad=0,
         columnspacing=1.6,
     )
-
-
-def _write(figure: Figure, panels: list[Axes], path: Path) -> None:
-    """Save the figure as PNG; whoever reads `path` meanwhile finds the old picture or the new one."""
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(unfinished, dpi=120, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ ODD = {
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The panels of what would have been written."""
     panels: list[Any] = []
-    monkeypatch.setattr(ranking_plots, "_write", lambda figure, axes, path: panels.extend(axes))
+    monkeypatch.setattr(ranking_plots.pictures, "write", lambda figure, axes, path: panels.extend(axes))
     return panels
 
 
