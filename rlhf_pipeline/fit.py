@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from rlhf_pipeline.machine import peak_memory_bytes
 from rlhf_pipeline.run import Run
 from rlhf_pipeline.runtime import StopRequest
 from rlhf_pipeline.tracking import Tracker
+from rlhf_pipeline.tracking.records import METRICS_FILE, read_metrics
 from rlhf_pipeline.update import Counts, Loss, update
 
 ENGINE = "model"  # what resume states call the one engine of a stage
@@ -82,6 +84,15 @@ class Schedule:
         every = self.evaluation.every
         return done == self.num_steps or (every > 0 and done % every == 0)
 
+    def artifacts_after(self, run: Run, done: int, *, epoch: int, ends_epoch: bool) -> list[Path]:
+        """Where the model goes after so many steps; nowhere after most of them. `epoch` counts from 1."""
+        every = self.checkpoint.artifact_every
+        found = [run.step_artifact(done)] if every is not None and done % every == 0 else []
+        last = done == self.num_steps
+        if last or (ends_epoch and self.checkpoint.artifact_every_epoch):
+            found.append(run.epoch_artifact(epoch))
+        return [*found, run.artifact] if last else found  # a parent of later stages is a run that has come to its end
+
 
 class Stopped(Exception):
     """Training left early on request, with its state saved."""
@@ -100,7 +111,7 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
     loss: Loss,
     counts: Counts,
     evaluate: Callable[[int], dict[str, float]],
-    save_artifact: Callable[[int, int, dict[str, float]], None],
+    save_artifact: Callable[[list[Path], int, dict[str, float]], None],
     tracker: Tracker,
     stop: StopRequest,
     state_meta: dict[str, Any],
@@ -114,7 +125,7 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
         loss: terms of one micro-batch from the module's output.
         counts: the same terms' counts, from the integers alone, so that they can be added up before the first backward.
         evaluate: held-out metrics after a number of steps; logs its own samples.
-        save_artifact: called with (epoch, step, metrics) at the end of an epoch, and at the end.
+        save_artifact: called with (folders, step, metrics of the last evaluation) where there are such folders.
         state_meta: written into every resume state.
         peak_flops: of one process, measured once after the first step.
 
@@ -126,11 +137,12 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
     gc.enable()
     done = run.step
     meter = _Meter(flops_per_token, peak_flops)
-    metrics: dict[str, float] = {}
+    metrics = last_evaluation(run)
     if done == 0 and schedule.evaluation.before:
         tracker.log(0, evaluate(0))
     if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
-        save_artifact(batches(schedule.num_steps - 1).epoch + 1, done, metrics)  # paused there, and now cut short
+        epoch = batches(schedule.num_steps - 1).epoch + 1
+        save_artifact([run.epoch_artifact(epoch), run.artifact], done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
         step = batches(done)
         # Drawn from the step and not from a running stream, dropout is the same in a resumed run.
@@ -152,8 +164,9 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
             tracker.log(done, metrics)
             meter.restart()
         last = done == schedule.num_steps
-        if last or (step.ends_epoch and schedule.checkpoint.artifact_every_epoch):
-            save_artifact(step.epoch + 1, done, metrics)
+        folders = schedule.artifacts_after(run, done, epoch=step.epoch + 1, ends_epoch=step.ends_epoch)
+        if folders:
+            save_artifact(folders, done, metrics)
             meter.restart()
         paused = leaving or done == schedule.stop_after
         if last or paused or done % schedule.checkpoint.every == 0:
@@ -162,6 +175,16 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
             meter.restart()
         if paused and not last:
             raise Stopped(leaving)
+
+
+def last_evaluation(run: Run) -> dict[str, float]:
+    """What was measured last before the step that a run goes on from; empty where nothing was since its start."""
+    file = run.folder / METRICS_FILE
+    lines = read_metrics(file, timings=False) if run.state is not None and file.is_file() else []
+    for line in reversed(lines):
+        if 0 < line["step"] <= run.step and any(name.startswith("eval/") for name in line):
+            return {name: value for name, value in line.items() if name != "step"}
+    return {}
 
 
 def _not_finite(step: Step, number: int, what: str, values: list[float]) -> UserError:

@@ -5,12 +5,11 @@ runs/<name>/<stage>/run.json      the identity of the run
                     metrics.jsonl, samples.jsonl
                     state/        resume states, see resume.py
                     artifact/     what the next stage reads, see artifact.py
-                    artifacts/epoch_<n>/
+                    artifacts/epoch_<n>/, artifacts/step_<n>/
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from rlhf_pipeline import runtime
 from rlhf_pipeline.config.identity import differences, identity, plain
 from rlhf_pipeline.config.stages import CommandConfig
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import write_json
+from rlhf_pipeline.files import check_folder, read_object, write_json, write_text
 from rlhf_pipeline.tracking import redact
 
 if TYPE_CHECKING:
@@ -54,12 +53,15 @@ class Run:
     def epoch_artifact(self, epoch: int) -> Path:
         return self.folder / "artifacts" / f"epoch_{epoch}"
 
+    def step_artifact(self, step: int) -> Path:
+        return self.folder / "artifacts" / f"step_{step}"
+
 
 def open_run(config: CommandConfig, stage: str) -> Run:
     """Open or create the folder `config.run_dir`. Every rank calls it; the first one writes.
 
     Raises:
-        UserError: when the folder belongs to a run with another identity, or a process is at work in it.
+        UserError: when the folder belongs to a run with another identity, a process is at work in it, or it cannot be made.
     """
     from rlhf_pipeline import resume
 
@@ -67,6 +69,7 @@ def open_run(config: CommandConfig, stage: str) -> Run:
     resolved = redact(plain(config))
     lock = None
     if runtime.is_main():
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
     refuse_another(config)
@@ -75,7 +78,7 @@ def open_run(config: CommandConfig, stage: str) -> Run:
         from omegaconf import OmegaConf
 
         write_json(folder / MARKER, {"stage": stage, "identity": redact(plain(identity(config)))})
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
     return Run(folder=folder, stage=stage, config=resolved, state=state, warnings=warnings, lock=lock)
 
 
@@ -88,12 +91,16 @@ def refuse_another(config: CommandConfig) -> None:
     folder = Path(config.run_dir)
     if not (folder / MARKER).is_file() or not any((folder / name).exists() for name in WORK):
         return
-    changed = differences(json.loads((folder / MARKER).read_text())["identity"], redact(plain(identity(config))))
+    begin_again = f"choose another name=..., or remove {folder} to begin again"
+    before = read_object(folder / MARKER, begin_again).get("identity")
+    if not isinstance(before, dict):
+        raise UserError(f"{folder / MARKER}: damaged, it does not say what the run is; {begin_again}")
+    changed = differences(before, redact(plain(identity(config))))
     if changed:
         lines = "\n".join(f"  - {line}" for line in changed)
         raise UserError(
             f"{folder}: holds a run with another config\n{lines}\n"
-            f"Choose another name=..., or remove {folder} to begin again."
+            f"C{begin_again[1:]}."
         )
 
 

@@ -50,6 +50,13 @@ def check_direct(config: DpoConfig) -> Iterator[str]:
     if config.rewards and not config.sampled.prompts:
         yield "rewards: score the answers to held-out prompts, and sampled.prompts=0 asks for none"
     yield from scorers(config.rewards)
+    if config.judge is not None and not (config.sampled.prompts and traits.reference):
+        has_none = f"objective={objective.name.value} has no reference"
+        lacking = has_none if config.sampled.prompts else "sampled.prompts=0 asks for no answers"
+        yield (
+            f"judge: compares held-out answers with the reference's, and {lacking}; leave it out, and judge the artifact with "
+            "rlhf evaluate kind=winrate"
+        )
 
 
 def _parameters(objective: DirectConfig, traits: Traits) -> Iterator[str]:

@@ -111,6 +111,9 @@ class EvaluationKind(StrEnum):
     gold = "gold"  # the lab's judge over answers of several systems
     rm = "rm"  # reward models, and policies as such, over answers whose order is known
     select = "select"  # the epoch of a fine-tuning whose answers a reward model likes best
+    winrate = "winrate"  # how often a judge prefers one system's answers to another's
+    rank = "rank"  # many systems in one order, by all such verdicts
+    frontier = "frontier"  # what checkpoints gain in reward for what they move away from their reference
 
 
 class Rankings(StrEnum):
@@ -325,6 +328,7 @@ class CheckpointConfig:
     every: int = 100  # steps between resume states
     keep: int = 2
     artifact_every_epoch: bool = True
+    artifact_every: int | None = None  # steps between artifacts that are kept as artifacts/step_<n>; null: none are
 
 
 @dataclass(kw_only=True, slots=True)

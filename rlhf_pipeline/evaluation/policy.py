@@ -2,7 +2,8 @@
 
 One answer to each prompt, at the temperature of the rollouts and with the same random numbers at every evaluation, so that
 two evaluations differ by what was learned in between. How answers and log-probabilities are computed comes in from
-outside; results are the same on every rank. What has no reference has no KL, and what nothing scores has no score.
+outside; results are the same on every rank. What has no reference has no KL, what nothing scores has no score, and
+where no judge is named there are no verdicts.
 
 Shapes: R responses, one to each prompt; L tokens of the longest.
 """
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.evaluation.diversity import distinct
 from rlhf_pipeline.evaluation.intervals import cluster_means
+from rlhf_pipeline.evaluation.judged import Judged
 from rlhf_pipeline.functional import kl
 from rlhf_pipeline.generation.prompts import Asked
+from rlhf_pipeline.judging.pairs import Answer as Given
+from rlhf_pipeline.judging.pairs import Pair
 from rlhf_pipeline.rollout import Rollout, episodes
 from rlhf_pipeline.scoring import sources as scoring
 from rlhf_pipeline.scoring.sources import Source
@@ -54,6 +59,7 @@ class HeldOutPrompts:
         policy: Policy,
         reference: Policy | None,
         sources: Mapping[str, Source],
+        judge: Judged | None = None,
         samples: int,
         seed: int,
     ) -> None:
@@ -61,12 +67,14 @@ class HeldOutPrompts:
         asked: at least one.
         reference: None for an objective without one.
         sources: what scores the answers; may be empty.
+        judge: compares them with the reference's.
         samples: so many answers, from the start, are shown to people.
         """
         self.asked = list(asked)
         self.policy = policy
         self.reference = reference
         self.sources = sources
+        self.judge = judge
         self.samples = samples
         self.seed = seed
         self._reference: _Scored | None = None
@@ -85,7 +93,8 @@ class HeldOutPrompts:
             logprobs = self.policy.logprobs(mine.rollout.trees)
             reference = self.reference.logprobs(mine.rollout.trees)
         tracker.samples(step, self._shown(mine, theirs))
-        return measure(
+        verdicts = {} if self.judge is None or theirs is None else self.judge(self._pairs(mine, theirs))
+        return verdicts | distinctness(mine.rollout.texts) | measure(
             mine.scores,
             mine.total,
             None if theirs is None else theirs.total,
@@ -102,6 +111,19 @@ class HeldOutPrompts:
             return _Scored(rollout=rollout, scores={}, total=None)
         scores = scoring.score(self.sources, episodes(rollout))
         return _Scored(rollout=rollout, scores=scores, total=scoring.total(scores, self.sources))
+
+    def _pairs(self, mine: _Scored, theirs: _Scored) -> list[Pair]:
+        given = [
+            [
+                Given(text=text, finished=bool(ended))
+                for text, ended in zip(one.rollout.texts, one.rollout.finished, strict=True)
+            ]
+            for one in (mine, theirs)
+        ]
+        return [
+            Pair(prompt=asked.messages, a=a, b=b, origin=asked.origin)
+            for asked, a, b in zip(self.asked, *given, strict=True)
+        ]
 
     def _shown(self, mine: _Scored, theirs: _Scored | None) -> list[dict[str, str]]:
         rows = []
@@ -153,6 +175,13 @@ def measure(
         "eval/length": float(mask.sum(1).double().mean()),
         "eval/ended": float(finished.double().mean()),
     }
+
+
+def distinctness(texts: Sequence[str]) -> dict[str, float]:
+    """Shares of different words, word pairs and triples in the answers (see `diversity.distinct`): a policy that falls to
+    saying one thing shows here first. Those that no answer is long enough for are left out."""
+    found = {f"eval/distinct_{size}": distinct(texts, size) for size in (1, 2, 3)}
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def _text(asked: Asked) -> str:

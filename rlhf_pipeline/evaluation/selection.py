@@ -24,7 +24,6 @@ from rlhf_pipeline.evaluation.tables import cell, clear, is_clear, signed, table
 from rlhf_pipeline.scoring.answers import CUT, Answered
 
 Answer = Mapping[str, Any]  # a line of `rlhf generate`
-_EPOCH = re.compile(r"epoch_(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +61,22 @@ def candidates(systems: Mapping[str, str]) -> dict[str, str]:
             raise UserError(
                 f"systems.{name}={path}: answers are no model to choose; kind=gold compares files of answers"
             )
-        for suffix, one in _epochs(path) or [("", path)]:
-            if name + suffix in found:
-                raise UserError(f"systems: {name + suffix} is there twice; give {name} another name")
-            found[name + suffix] = one
+        for label, one in kept(path, "epoch") or [("", path)]:
+            full = f"{name}-{label}" if label else name
+            if full in found:
+                raise UserError(f"systems: {full} is there twice; give {name} another name")
+            found[full] = one
     return found
 
 
-def _epochs(path: str) -> list[tuple[str, str]]:
-    """(-epoch_<n>, artifact) of every finished epoch of a run's folder."""
-    folders = Path(path).glob("artifacts/epoch_*")
-    numbered = {int(match[1]): one for one in folders if (match := _EPOCH.fullmatch(one.name))}
-    return [(f"-epoch_{n}", str(numbered[n])) for n in sorted(numbered) if artifact.is_artifact(numbered[n])]
+def kept(path: str, *units: str) -> list[tuple[str, str]]:
+    """(<unit>_<n>, artifact) of what a run's folder keeps of its epochs ("epoch") or steps ("step"), in their order."""
+    found = []
+    for unit in units:
+        folders = Path(path).glob(f"artifacts/{unit}_*")
+        numbered = {int(match[1]): one for one in folders if (match := re.fullmatch(rf"{unit}_(\d+)", one.name))}
+        found += [(f"{unit}_{n}", str(numbered[n])) for n in sorted(numbered) if artifact.is_artifact(numbered[n])]
+    return found
 
 
 def to_score(answers: Sequence[Answer]) -> list[Answered]:

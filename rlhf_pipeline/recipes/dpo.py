@@ -36,6 +36,7 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.answering import held_out_policies
 from rlhf_pipeline.evaluation.direct import HeldOutPreferences, fallen
 from rlhf_pipeline.evaluation.implicit import context_of
+from rlhf_pipeline.evaluation.judged import Judged, open_judged
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts
 from rlhf_pipeline.functional.terms import Term
 from rlhf_pipeline.generation.prompt_sets import heldout_prompts
@@ -96,6 +97,7 @@ def main(config: DpoConfig) -> None:
 
     # 5 What is measured on the way
     sources = scoring.open_sources(config.rewards, device=process.device) if asked else {}
+    judge = open_judged(config.judge, device=process.device, seed=config.seed, tell=partial(print, file=sys.stderr))
     scoring.check_prompts(sources, ((one.origin, one.messages) for one in asked))
     held_out = HeldOutPreferences(
         heldout,
@@ -105,7 +107,7 @@ def main(config: DpoConfig) -> None:
         reduction=config.objective.reduction,
         folder=run.folder,
     )
-    prompts = _held_out_prompts(config, policy, frozen, asked, sources, renderer=renderer, layout=layout)
+    prompts = _held_out_prompts(config, policy, frozen, asked, sources, judge, renderer=renderer, layout=layout)
     first = _first_evaluation(run)
 
     def evaluate(step: int, tracker: Tracker) -> dict[str, float]:
@@ -258,6 +260,7 @@ def _held_out_prompts(
     frozen: Frozen,
     asked: Sequence[Any],
     sources: dict[str, Any],
+    judge: Judged | None,
     *,
     renderer: Renderer,
     layout: Layout,
@@ -281,6 +284,7 @@ def _held_out_prompts(
         policy=mine,
         reference=theirs if frozen.needed else None,
         sources=sources,
+        judge=judge,
         samples=config.evaluation.samples,
         seed=config.seed + HELD_OUT,
     )

@@ -190,7 +190,7 @@ def answers(job: Job, pairs: Sequence[responses.Pair], meter: Meter) -> Iterator
 def _each(job: Job, asked: dict[int, Asked], batches: Iterable[list[Completion]]) -> Iterator[list[dict[str, Any]]]:
     """A row for each answer."""
     for batch in batches:
-        yield [responses.row_of(asked[one.id], one, text_of(job, one)) for one in batch]
+        yield [responses.row_of(asked[one.id], one, text_of(job, one), _ids(job, one)) for one in batch]
 
 
 def _chosen(job: Job, asked: dict[int, Asked], batches: Iterable[list[Completion]]) -> Iterator[list[dict[str, Any]]]:
@@ -200,9 +200,14 @@ def _chosen(job: Job, asked: dict[int, Asked], batches: Iterable[list[Completion
         rows = []
         for place, best in enumerate(best_of.choose(job.sources, episodes, job.counts)):
             one, said = prompts[place][best.place], episodes[place][best.place].response
-            more = {"score": best.score, "scores": best.scores, "best_of": job.config.best_of}
+            more = {"score": best.score, "scores": best.scores, "best_of": job.config.best_of, **_ids(job, one)}
             rows.append(responses.row_of(asked[one.id], dataclasses.replace(one, sample=0), said, more))
         yield rows
+
+
+def _ids(job: Job, answer: Completion) -> dict[str, Any]:
+    """The answer's tokens with its end token, where they are wanted: its text does not always tell them."""
+    return {"response_ids": answer.tokens.tolist()} if job.config.token_ids else {}
 
 
 def _episode(job: Job, asked: Asked, answer: Completion) -> Episode:

@@ -8,10 +8,13 @@ it draws depends on weights, seed and iteration alone, so a killed run goes on f
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +33,9 @@ from rlhf_pipeline.ema import Ema
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.answering import held_out_policies
 from rlhf_pipeline.evaluation.implicit import context_of
+from rlhf_pipeline.evaluation.judged import Judged, open_judged
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts
-from rlhf_pipeline.fit import Schedule, Stopped
+from rlhf_pipeline.fit import Schedule, Stopped, last_evaluation
 from rlhf_pipeline.generation.prompt_sets import PromptSet, prompt_sets
 from rlhf_pipeline.generation.prompts import Asked
 from rlhf_pipeline.ppo import updates
@@ -75,6 +79,7 @@ def main(config: PpoConfig) -> None:
     runtime.join_process_group(process, timeout_minutes=config.runtime.rank_timeout_minutes)
     models = open_models(config, renderer.tokenizer, torch.device(process.device))
     sources = scoring.open_sources(config.rewards, device=process.device)
+    judge = open_judged(config.judge, device=process.device, seed=config.seed, tell=partial(print, file=sys.stderr))
     scoring.check_prompts(sources, ((one.origin, one.messages) for one in [*prompts.asked, *heldout.asked]))
 
     # 4 Train and hand over
@@ -85,6 +90,7 @@ def main(config: PpoConfig) -> None:
         renderer=renderer,
         models=models,
         sources=sources,
+        judge=judge,
         prompts=prompts,
         order=order,
         schedule=Schedule.of(config, min(order.num_steps, config.train.max_steps or order.num_steps)),
@@ -120,6 +126,7 @@ class Loop:
     renderer: Renderer
     models: Models
     sources: dict[str, Source]
+    judge: Judged | None
     prompts: PromptSet
     order: BatchOrder  # of prompts
     schedule: Schedule
@@ -208,7 +215,7 @@ def _train(
     gc.enable()
     config, run, schedule = loop.config, loop.run, loop.schedule
     held_out = _held_out(loop, heldout)
-    metrics: dict[str, float] = {}
+    metrics = last_evaluation(run)
     done = run.step
 
     def evaluated(step: int) -> dict[str, float]:
@@ -231,22 +238,24 @@ def _train(
     if done == 0 and schedule.evaluation.before:
         evaluated(0)
     if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
-        _hand_over(loop, done, metrics)  # paused there, and now cut short
+        epoch = loop.order.place(done - 1)[0] + 1
+        _hand_over(loop, [run.epoch_artifact(epoch), run.artifact], done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
         logged, problems = _iteration(loop, control, done, check=done == run.step)
         if problems:
             raise UserError(f"iteration {done + 1} cannot be trusted:\n" + "\n".join(f"  - {p}" for p in problems))
         done += 1
-        last = done == schedule.num_steps
+        last, epoch = done == schedule.num_steps, loop.order.place(done - 1)[0] + 1
         if done % schedule.tracking.every == 0 or last:
-            tracker.log(done, logged | {"train/epoch": float(loop.order.place(done - 1)[0] + 1)})
+            tracker.log(done, logged | {"train/epoch": float(epoch)})
         tracker.progress(done, schedule.num_steps)
         ill = health.problems(logged, config.health)
         if schedule.evaluates_after(done):
             metrics = evaluated(done)
-        if last or (loop.order.ends_epoch(done - 1) and schedule.checkpoint.artifact_every_epoch):
-            _hand_over(loop, done, metrics)
-            tracker.info(f"iteration {done}: {run.artifact}")
+        folders = schedule.artifacts_after(run, done, epoch=epoch, ends_epoch=loop.order.ends_epoch(done - 1))
+        if folders:
+            _hand_over(loop, folders, done, metrics)
+            tracker.info(f"iteration {done}: {folders[0]}")
         leaving = int(runtime.max_over_ranks({"stop": float(stop.exit_code)})["stop"])
         paused = bool(leaving) or done == schedule.stop_after
         if last or paused or ill or done % schedule.checkpoint.every == 0:
@@ -273,6 +282,7 @@ def _held_out(loop: Loop, heldout: PromptSet) -> HeldOutPrompts:
         policy=policy,
         reference=reference,
         sources=loop.sources,
+        judge=loop.judge,
         samples=config.evaluation.samples,
         seed=config.seed + HELD_OUT,
     )
@@ -314,12 +324,13 @@ def _parents(config: PpoConfig) -> dict[str, Parent]:
     return found
 
 
-def _hand_over(loop: Loop, step: int, metrics: dict[str, float]) -> None:
-    """Write the policy of this iteration, averaged where the config says so, as the run's artifact."""
+def _hand_over(loop: Loop, folders: list[Path], step: int, metrics: dict[str, float]) -> None:
+    """Write the policy of this iteration, averaged where the config says so, as an artifact in all these folders."""
     with loop.handed_over():
         training.hand_over(
             loop.config,
             loop.run,
+            folders,
             engine=loop.models.policy_engine,
             model=loop.models.policy,
             kind=Kind.policy,
@@ -327,7 +338,6 @@ def _hand_over(loop: Loop, step: int, metrics: dict[str, float]) -> None:
             renderer=loop.renderer,
             data=loop.data,
             parents=loop.parents,
-            epoch=loop.order.place(step - 1)[0] + 1,
             step=step,
             metrics=metrics,
             facts={},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,10 +78,11 @@ def train(  # noqa: PLR0913 - each is a noun of a run, and named
         tracker.info(_summary(run, num_steps, task.model, data, heldout))
         state_meta = restore(config, run, {ENGINE: task.engine}, data, parents, process.threads, tracker)
 
-        def save_artifact(epoch: int, step: int, metrics: dict[str, float]) -> None:
+        def save_artifact(folders: list[Path], step: int, metrics: dict[str, float]) -> None:
             hand_over(
                 config,
                 run,
+                folders,
                 engine=task.engine,
                 model=task.model,
                 kind=task.kind,
@@ -88,12 +90,11 @@ def train(  # noqa: PLR0913 - each is a noun of a run, and named
                 renderer=renderer,
                 data=data,
                 parents=parents,
-                epoch=epoch,
                 step=step,
                 metrics=metrics,
                 facts=task.facts(),
             )
-            tracker.info(f"epoch {epoch}: {run.epoch_artifact(epoch)}")
+            tracker.info(f"step {step}: {folders[0]}")
 
         def batches(step: int) -> Step:
             if task.before is not None:
@@ -208,6 +209,7 @@ def restore(
 def hand_over(  # noqa: PLR0913 - each is part of what is handed over
     config: StageConfig,
     run: Run,
+    folders: Sequence[Path],
     *,
     engine: Engine,
     model: TreeModule,
@@ -216,14 +218,14 @@ def hand_over(  # noqa: PLR0913 - each is part of what is handed over
     renderer: Renderer,
     data: Mapping[str, TreeDataset],
     parents: dict[str, Parent],
-    epoch: int,
     step: int,
     metrics: dict[str, float],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the artifact of an epoch, and make it the run's artifact. Called by every rank.
+    """Write the model as it is as an artifact. Called by every rank.
 
     Args:
+        folders: the first is written, and the others become the same artifact.
         model: under the engine; its `inner` becomes the artifact.
         facts: more of the manifest.
     """
@@ -257,9 +259,10 @@ def hand_over(  # noqa: PLR0913 - each is part of what is handed over
                     base=str(config.model.path),
                     revision=config.model.revision,
                 )
-        target = run.epoch_artifact(epoch)
-        artifact.save(target, model=inner, weights=weights, tokenizer=tokenizer, manifest=manifest, adapter=adapter)
-        artifact.link(target, run.artifact)
+        first, *others = folders
+        artifact.save(first, model=inner, weights=weights, tokenizer=tokenizer, manifest=manifest, adapter=adapter)
+        for other in others:
+            artifact.link(first, other)
 
 
 def _summary(run: Run, num_steps: int, model: TreeModule, data: Mapping[str, TreeDataset], heldout: TreeDataset) -> str:

@@ -298,7 +298,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(folder: Path, rlhf: Forks) -> 
 def test_a_run_cut_short_where_it_stands_has_an_artifact(folder: Path, paused: Path, rlhf: Forks) -> None:
     """max_steps at or below the steps made: there is nothing to train, and "done" must not be said of nothing."""
     run = copy_run(paused, run_of(folder, "cut_short"))
-    shutil.rmtree(run / "artifact")
+    assert not (run / "artifact").exists(), "no parent of later stages before the run has come to its end"
     shutil.rmtree(run / "artifacts")
     job = rlhf.run(folder, *TRAIN, "name=cut_short", f"train.max_steps={PAUSE}")
     assert (run / "artifact/artifact.json").is_file(), job.output

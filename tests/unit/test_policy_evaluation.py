@@ -13,8 +13,11 @@ from torch import Tensor
 
 from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.data.tree import Tree
+from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.evaluation.judged import judged_by, measured
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts, Policy, measure
 from rlhf_pipeline.generation.prompts import Asked
+from rlhf_pipeline.judging.pairs import Outcome, Pair, Ruling, Verdict
 from rlhf_pipeline.rollout import Rollout
 from rlhf_pipeline.scoring.episodes import Episode
 from rlhf_pipeline.scoring.sources import Source
@@ -193,6 +196,8 @@ def test_what_is_missing_is_left_out(has_reference: bool, has_sources: bool) -> 
         found = held_out.evaluate(0, tracker)
         assert held_out.evaluate(1, tracker) == found
     expected = {"eval/length": 2.0, "eval/ended": 1.0}  # 1, 2 and 3 tokens
+    # "yes", "yes yes", "yes yes yes": six words, three pairs, a triple, all the same
+    expected |= {"eval/distinct_1": 1 / 6, "eval/distinct_2": 1 / 3, "eval/distinct_3": 1.0}
     shown = {"prompt": "system: s\nuser: q", "response": "yes"}
     if has_sources:
         expected |= {"eval/score": 1.0, "eval/score_like": 1.0, "eval/score_words": 2.0}  # 2 - 1/2 of each word
@@ -206,3 +211,74 @@ def test_what_is_missing_is_left_out(has_reference: bool, has_sources: bool) -> 
     assert found == expected
     assert sink.taken == [(0, [shown]), (1, [shown])]
     assert reference.calls == ([(3, 0)] if has_reference else [])
+
+
+class Longer:
+    """A judge that likes the longer answer, and fails when it is told to."""
+
+    name = "longer"
+    identity: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.asked: list[Pair] = []
+        self.is_down = False
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        if self.is_down:
+            raise UserError("the server does not answer")
+        self.asked += pairs
+        longer = [len(pair.a.text) - len(pair.b.text) for pair in pairs]
+        outcomes = [Outcome.a if more > 0 else Outcome.b if more < 0 else Outcome.tie for more in longer]
+        return [Verdict(outcome=one, reason="") for one in outcomes]
+
+
+def test_a_judge_compares_with_the_reference() -> None:
+    mine, reference = Pretended("yes", -1.0), Pretended("no", -1.5)
+    judge, told = Longer(), list[str]()
+    held_out = HeldOutPrompts(
+        asked(3),
+        policy=mine.policy,
+        reference=reference.policy,
+        sources={},
+        judge=judged_by(judge, seed=0, tell=told.append),  # type: ignore[arg-type]
+        samples=0,
+        seed=7,
+    )
+    with Tracker([]) as tracker:
+        found = held_out.evaluate(0, tracker)
+        mine.word = "no"
+        same = held_out.evaluate(1, tracker)
+        judge.is_down = True
+        without = held_out.evaluate(2, tracker)
+    first, turned = judge.asked[0], judge.asked[3]
+    assert (first.a.text, first.b.text, turned.a.text, turned.b.text) == ("yes yes", "no no", "no no", "yes yes")
+    assert [message.content for message in first.prompt] == ["s", "q"]
+    ends = ("", "_low", "_high")
+    assert [found[f"eval/judge_win_rate{end}"] for end in ends] == [1, 1, 1]
+    assert [same[f"eval/judge_win_rate{end}"] for end in ends] == [0.5, 0.5, 0.5]
+    assert not [name for name in without if "judge" in name] and without["eval/kl"] == same["eval/kl"]
+    assert told == ["no verdicts at this evaluation: the server does not answer"]
+
+
+def test_what_verdicts_come_to() -> None:
+    no = Verdict(outcome=Outcome.malformed, reason="")
+    values = [
+        (1.0, True),
+        (1.0, True),
+        (0.5, False),
+        (0.5, True),
+        (0.0, True),
+        (None, False),
+        (1.0, True),
+        (None, False),
+    ]
+    rulings = [Ruling(value=value, agreed=agreed, verdicts=(no, no)) for value, agreed in values]
+    found = measured(rulings)
+    low, high = found.pop("eval/judge_win_rate_low"), found.pop("eval/judge_win_rate_high")
+    assert found == {
+        "eval/judge_win_rate": pytest.approx(4 / 6),
+        "eval/judge_malformed": 2 / 8,
+        "eval/judge_disagreed": 1 / 8,
+    }
+    assert 0 < low < 4 / 6 < high <= 1
+    assert measured(rulings[5:6]) == {"eval/judge_malformed": 1.0, "eval/judge_disagreed": 0.0}
