@@ -81,12 +81,12 @@ def gold_scores(policies: dict[str, dict[int, Path]], runs: Path) -> dict[str, A
         system_of(name, seed): run / "artifact" for name, by_seed in policies.items() for seed, run in by_seed.items()
     }
     folder = runs / "gold"
-    if not (folder / "results.json").is_file():
+    if not (folder / "gold/results.json").is_file():
         named = ",".join(f"{name}:{path}" for name, path in systems.items())
         command = [*RLHF, "evaluate", f"systems={{{named}}}", f"run_dir={folder}", "samples=0"]
         command += ["prompts.path=lab:heldout_prompts", f"prompts.lab.heldout_prompts={PROMPTS}"]
         subprocess.run([*command, "sampling.max_new_tokens=48"], check=True)
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "gold/results.json").read_text())
     return found
 
 
@@ -128,7 +128,7 @@ def divergences(policies: dict[str, dict[int, Path]]) -> dict[str, float]:
 def table(policies: dict[str, dict[int, Path]], gold: dict[str, Any], runs: Path) -> str:
     """A line an objective: means over seeds, with the lowest and the highest."""
     kl = divergences(policies)
-    scores = verdicts(runs / "gold")
+    scores = verdicts(runs / "gold/gold")
     rows = [
         "| objective | gold | to sft, paired: mean; seed 0 | win rate | KL | tokens | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -165,7 +165,7 @@ def won(ours: dict[int, float], theirs: dict[int, float]) -> float:
 
 
 def tokens(runs: Path, system: str) -> float:
-    return mean(row["response_tokens"] for row in answers(runs / "gold" / system))
+    return mean(row["response_tokens"] for row in answers(runs / "gold/answers" / system))
 
 
 def seconds(run: Path) -> float:

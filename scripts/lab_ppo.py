@@ -51,10 +51,10 @@ def gold_scores(artifacts: dict[str, Path], runs: Path) -> dict[str, Any]:
     """`rlhf evaluate kind=gold` of all policies beside each other."""
     systems = ",".join(f"{name}:{path}" for name, path in artifacts.items())
     folder = runs / "gold"
-    if not (folder / "results.json").is_file():
+    if not (folder / "gold/results.json").is_file():
         command = [*RLHF, "evaluate", f"systems={{{systems}}}", f"run_dir={folder}", "samples=0"]
         subprocess.run(command, check=True)
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "gold/results.json").read_text())
     return found
 
 

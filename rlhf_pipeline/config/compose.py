@@ -21,6 +21,7 @@ from rlhf_pipeline.config import config_dir, register
 from rlhf_pipeline.config.check import check
 from rlhf_pipeline.config.explain import (
     REFUSALS,
+    SHOWN,
     explain,
     first_line,
     group_files,
@@ -30,8 +31,11 @@ from rlhf_pipeline.config.explain import (
     no_such_key,
 )
 from rlhf_pipeline.config.ppo import ScorerConfig
-from rlhf_pipeline.config.stages import STAGES, DpoConfig, GenerateConfig, PpoConfig
+from rlhf_pipeline.config.stages import STAGES, DpoConfig, EvaluateConfig, GenerateConfig, PpoConfig
 from rlhf_pipeline.errors import UserError
+
+
+LONGEST = 2000  # characters of a reason: some list all that could be chosen
 
 
 def compose(stage: str, overrides: list[str], *, extra_dir: str | None = None, config_name: str | None = None) -> Any:
@@ -123,7 +127,7 @@ def to_object(node: DictConfig) -> Any:
         config: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {first_line(error)}") from None
-    if isinstance(config, PpoConfig | DpoConfig | GenerateConfig):
+    if isinstance(config, PpoConfig | DpoConfig | GenerateConfig | EvaluateConfig):
         config.rewards = _scorers(config.rewards)
     return config
 
@@ -168,8 +172,12 @@ def _one_by_one(
             node = hydra_compose(name, [*searchpath, *accepted, override])
             accepted.append(override)
         except REFUSALS as error:
-            refused[override] = [f"{override}: {why}" for why in explain(override, error, node, folders)]
+            refused[override] = [f"{_shown(override)}: {why[:LONGEST]}" for why in explain(override, error, node, folders)]
     return node, refused
+
+
+def _shown(override: str) -> str:
+    return override if len(override) <= SHOWN else f"{override[:SHOWN]}..."
 
 
 def _undeclared(node: DictConfig, overrides: list[str]) -> dict[str, list[str]]:

@@ -1,28 +1,25 @@
-"""`rlhf evaluate`: models beside each other, by the lab's judge, by known rankings, or by a reward model.
+"""`rlhf evaluate`: models beside each other, by the lab's judge, by known rankings, by a reward model, or by any judge.
 
 Several processes answer prompts together; what follows (verdicts, rewards, tables) is the first one's work.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from rich.console import Console
 
 from rlhf_pipeline import runtime
-from rlhf_pipeline.config.schema import EvaluationKind, ReadyModelConfig, TokenizerConfig
-from rlhf_pipeline.config.stages import EvaluateConfig, GenerateConfig
+from rlhf_pipeline.config.schema import EvaluationKind, TokenizerConfig
+from rlhf_pipeline.config.stages import EvaluateConfig
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation import gold, preferences, selection
 from rlhf_pipeline.evaluation.raters import Rating, Sort, naming, progress, resolve, sort_of
-from rlhf_pipeline.files import write_json
 from rlhf_pipeline.generation.load import open_renderer
-from rlhf_pipeline.generation.responses import read_lines
-from rlhf_pipeline.recipes import generate
+from rlhf_pipeline.recipes.answers import answers, answers_or_file, results_folder, save, tell_files
+from rlhf_pipeline.recipes.frontier import frontier
+from rlhf_pipeline.recipes.winrate import winrate
 from rlhf_pipeline.scoring.answers import read_answers
 from rlhf_pipeline.scoring.rewards import open_scorer, rewards
 
@@ -34,9 +31,16 @@ def main(config: EvaluateConfig) -> None:
         UserError: for what the user can put right.
         SystemExit: 130 after Ctrl-C; answers that are there stay.
     """
-    evaluate = {EvaluationKind.gold: _gold, EvaluationKind.rm: _rm, EvaluationKind.select: _select}[config.kind]
+    evaluate: dict[EvaluationKind, Callable[[EvaluateConfig], None]] = {
+        EvaluationKind.gold: _gold,
+        EvaluationKind.rm: _rm,
+        EvaluationKind.select: _select,
+        EvaluationKind.winrate: winrate,
+        EvaluationKind.rank: winrate,
+        EvaluationKind.frontier: frontier,
+    }
     try:
-        evaluate(config)
+        evaluate[config.kind](config)
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         raise SystemExit(130) from None
@@ -45,18 +49,22 @@ def main(config: EvaluateConfig) -> None:
 def _gold(config: EvaluateConfig) -> None:
     """The lab's judge over the answers of every system."""
     # 1 Answers; those that are there from an interrupted run stay
-    answers = {name: _gold_answers(name, system, config) for name, system in config.systems.items()}
+    lines = {name: answers_or_file(name, system, config, gold.FIELDS) for name, system in config.systems.items()}
     if not runtime.is_main():
         return
+    for name, mine in lines.items():
+        if any(line["sample"] for line in mine):
+            raise UserError(f"systems.{name}: holds several answers to a prompt; the lab's judge compares one each")
 
     # 2 A verdict on each
-    verdicts = gold.judged(answers)
+    verdicts = gold.judged(lines)
 
     # 3 For programs, then for people
-    _save(config, gold.results(verdicts), "verdicts.jsonl", gold.rows(answers, verdicts))
+    folder = results_folder(config)
+    save(folder, {"kind": "gold", **gold.results(verdicts)}, "verdicts.jsonl", gold.rows(lines, verdicts))
     console = Console()
-    gold.show(console, answers, verdicts, samples=config.samples)
-    _tell_files(console, config, "verdicts.jsonl (every criterion of every answer, with why)")
+    gold.show(console, lines, verdicts, samples=config.samples)
+    tell_files(console, folder, "verdicts.jsonl (every criterion of every answer, with why)")
 
 
 def _rm(config: EvaluateConfig) -> None:
@@ -83,10 +91,11 @@ def _rm(config: EvaluateConfig) -> None:
 
     # 3 For programs, then for people
     found = preferences.measure(compared, given)
-    _save(config, preferences.results(found), "rewards.jsonl", preferences.lines(compared, given))
+    folder = results_folder(config)
+    save(folder, {"kind": "rm", **preferences.results(found)}, "rewards.jsonl", preferences.lines(compared, given))
     console = Console()
     preferences.show(console, found)
-    _tell_files(console, config, "rewards.jsonl (every row with every system's rewards)")
+    tell_files(console, folder, "rewards.jsonl (every row with every system's rewards)")
 
 
 def _select(config: EvaluateConfig) -> None:
@@ -100,10 +109,10 @@ def _select(config: EvaluateConfig) -> None:
             raise UserError("is no reward model; rlhf rm trains one")
 
     # 2 Answers; those that are there from an interrupted run stay
-    answers = {name: _answers(name, path, config) for name, path in paths.items()}
+    lines = {name: answers(name, path, config) for name, path in paths.items()}
     if not runtime.is_main():
         return
-    rows = {name: selection.to_score(mine) for name, mine in answers.items()}
+    rows = {name: selection.to_score(mine) for name, mine in lines.items()}
     selection.check_same_prompts(rows)
 
     # 3 Rewards, by the reward model's own tokenizer and template
@@ -117,64 +126,13 @@ def _select(config: EvaluateConfig) -> None:
                 mine,
                 max_length=config.data.max_length,
                 batch_tokens=config.batch_tokens,
-                tick=progress(name, len(answers[name])),
+                tick=progress(name, len(lines[name])),
             )
 
     # 4 For programs, then for people
-    found = selection.select(paths, answers, given)
-    _save(config, selection.results(found), "rewards.jsonl", selection.lines(rows, given))
+    found = selection.select(paths, lines, given)
+    folder = results_folder(config)
+    save(folder, {"kind": "select", **selection.results(found)}, "rewards.jsonl", selection.lines(rows, given))
     console = Console()
     selection.show(console, found)
-    _tell_files(console, config, "rewards.jsonl (every answer and its reward)")
-
-
-def _gold_answers(name: str, system: str, config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The answers of a model, or those that a file holds; one to each prompt."""
-    file = Path(system)
-    if file.suffix != ".jsonl":
-        rows = _answers(name, system, config)
-    elif not file.is_file():
-        raise UserError(f"systems.{name}={system}: there is no such file; name a model, or a file of rlhf generate")
-    else:
-        rows = list(read_lines(file)) if runtime.is_main() else []
-    lacking = next((field for row in rows for field in gold.FIELDS if field not in row), None)
-    if lacking:
-        raise UserError(f"systems.{name}={system}: a line has no {lacking!r}; name a model, or a file of rlhf generate")
-    if runtime.is_main() and not rows:
-        raise UserError(f"systems.{name}={system}: holds no answers")
-    if any(row["sample"] for row in rows):
-        raise UserError(
-            f"systems.{name}={system}: holds several answers to a prompt; the lab's judge compares one each"
-        )
-    return rows
-
-
-def _answers(name: str, model: str, config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The lines of `rlhf generate` in the folder of that name; on the first process."""
-    folder = Path(config.run_dir) / name
-    asked = GenerateConfig(
-        name=config.name,
-        runs=config.runs,
-        run_dir=str(folder),
-        seed=config.seed,
-        model=ReadyModelConfig(path=model),
-        tokenizer=config.tokenizer,
-        prompts=config.prompts,
-        sampling=config.sampling,
-        runtime=config.runtime,
-    )
-    with naming(f"systems.{name}", model):
-        generate.main(asked)
-    return list(read_lines(folder / "responses.jsonl")) if runtime.is_main() else []
-
-
-def _save(config: EvaluateConfig, results: Any, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / name).write_text("".join(lines), encoding="utf-8")
-
-
-def _tell_files(console: Console, config: EvaluateConfig, rows: str) -> None:
-    console.print(f"\nresults.json and {rows} are in {config.run_dir}", soft_wrap=True)
+    tell_files(console, folder, "rewards.jsonl (every answer and its reward)")

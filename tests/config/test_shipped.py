@@ -32,13 +32,16 @@ def users_part(stage: str, overrides: list[str]) -> list[str]:
         part.append("model.path=some_model")
     if "prompts" in node and node.prompts.path is None:
         part.append("prompts.path=some.jsonl")
+    if "folder" in node and node.folder is None:
+        part.append("folder=runs/demo")
     if "systems" in node and not node.systems:
         part.append("systems={base: some_model}")
     if "mix" in node and node.mix.ratio > 0 and node.mix.train is None:
         part.append("mix.train=some_text")
     if "ptx" in node and node.ptx.coefficient > 0 and node.ptx.train is None:
         part.append("ptx.train=some_text")
-    if "rewards" in node and node.get("best_of") != 1:  # which leaves nothing to choose by them
+    choosing = node.get("best_of") != 1 and "systems" not in node  # else there is nothing to choose by them
+    if "rewards" in node and choosing:
         models = {name: one.get("model") for name, one in node.rewards.items()} or {"rm": {}}
         added = "" if node.rewards else "+"
         part += [

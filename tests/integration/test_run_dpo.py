@@ -408,7 +408,7 @@ def test_other_commands_take_it(rlhf: Forks, folder: Path, base: Path) -> None:
     run = made(rlhf, folder, base, "cached")
     judged = f"systems={{dpo:{run}/artifact}}"
     rlhf.run(folder, "evaluate", "kind=rm", "runtime.threads=1", "name=judged", judged, "data.path=heldout.jsonl")
-    results = json.loads((folder / "runs/judged/evaluate/results.json").read_text())
+    results = json.loads((folder / "runs/judged/evaluate/rm/results.json").read_text())
     expected = json.loads((run / "evaluation.json").read_text())["comparisons"]["accuracy"]["mean"]
     assert results["systems"]["dpo"]["overall"]["mean"] == pytest.approx(expected)
     options = ["sampling.max_new_tokens=6", "runtime.threads=1", "output=said.jsonl"]

@@ -17,10 +17,9 @@ SMALL = "prompts.lab.heldout_prompts=40"
 
 def answers(file: Path, respond: Any, *, count: int = 40) -> None:
     """A file as `rlhf generate` writes it; `respond(prompt)` is the answer to each of the lab's held-out prompts."""
-    prompts = [row["prompt"] for row in rows("heldout_prompts", count=count)]
     lines = [
-        {"index": i, "sample": 0, "prompt": prompt, "response": respond(prompt), "finish_reason": "stop"}
-        for i, prompt in enumerate(prompts)
+        {**row, "index": i, "sample": 0, "response": respond(row["prompt"]), "finish_reason": "stop"}
+        for i, row in enumerate(rows("heldout_prompts", count=count))
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -33,13 +32,15 @@ def test_files_of_answers(rlhf: Forks, tmp_path: Path) -> None:
     answers(tmp_path / "good.jsonl", reference)
     answers(tmp_path / "bad.jsonl", lambda prompt: "The moon is")
     job = rlhf.run(tmp_path, "evaluate", "systems={bad:bad.jsonl,good:good.jsonl}", "samples=2")
-    results = json.loads((tmp_path / "runs/default/evaluate/results.json").read_text())
+    results = json.loads((tmp_path / "runs/default/evaluate/gold/results.json").read_text())
     assert results["systems"]["good"]["score"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 40}
     bad = [judge(row["prompt"], "The moon is").score for row in rows("heldout_prompts", count=40)]
     assert results["systems"]["bad"]["score"]["mean"] == pytest.approx(sum(bad) / 40)
     assert results["differences"]["good - bad"]["mean"] == pytest.approx(1 - sum(bad) / 40)
     assert "clear of chance" in job.output and "headroom above good: 0.000 of 1" in job.output
-    lines = [json.loads(line) for line in (tmp_path / "runs/default/evaluate/verdicts.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "runs/default/evaluate/gold/verdicts.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 40
     one = lines[7]["answers"]["good"]
     assert [criterion["name"] for criterion in one["criteria"]] == ["correct", "format", "polite", "fluent", "ends"]
@@ -56,7 +57,7 @@ def test_models_answer_first_and_their_answers_are_kept(rlhf: Forks, tmp_path: P
     rlhf.run(tmp_path, "pretrain", *overrides, "train.max_steps=2", "batch.tokens=500", *TINY_SHAPE, *TINY_RUN)
     line = ["systems={base:runs/default/pretrain/artifact}", SMALL, "sampling.max_new_tokens=8", "runtime.threads=1"]
     first = rlhf.run(tmp_path, "evaluate", *line)
-    results = json.loads((tmp_path / "runs/default/evaluate/results.json").read_text())
+    results = json.loads((tmp_path / "runs/default/evaluate/gold/results.json").read_text())
     assert results["systems"]["base"]["score"]["count"] == 40
     assert results["systems"]["base"]["score"]["mean"] < 0.2, "two steps teach nothing"
     again = rlhf.run(tmp_path, "evaluate", *line)

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: Path, rlhf: Forks) ->
 
 
 def evaluated(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    run = folder / f"runs/{name}/evaluate"
+    run = folder / f"runs/{name}/evaluate/rm"
     lines = (run / "rewards.jsonl").read_text().splitlines()
     return json.loads((run / "results.json").read_text()), [json.loads(line) for line in lines]
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: Path, rlhf: Forks) ->
 
 
 def results(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"runs/{name}/evaluate/results.json").read_text())
+    found: dict[str, Any] = json.loads((folder / f"runs/{name}/evaluate/select/results.json").read_text())
     return found
 
 
@@ -48,8 +48,8 @@ def test_the_epoch_with_the_highest_reward_wins(rlhf: Forks, folder: Path, base:
     assert {name: one["path"] for name, one in found["candidates"].items()} == names
     mean = {}
     for name, one in found["candidates"].items():
-        answered = lines(folder / f"runs/epochs/evaluate/{name}/responses.jsonl")
-        scored = lines(folder / "runs/epochs/evaluate/rewards.jsonl")
+        answered = lines(folder / f"runs/epochs/evaluate/answers/{name}/responses.jsonl")
+        scored = lines(folder / "runs/epochs/evaluate/select/rewards.jsonl")
         assert len(answered) == 2 * COUNT and len(scored) == COUNT
         rewards = [reward for row in scored for reward in row["answers"][name]["rewards"]]
         for answer, reward in zip(answered, rewards, strict=True):
