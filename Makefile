@@ -70,7 +70,7 @@ $(call made,$(DIR)/dpo): $(if $(call has,sft),$(call made,$(DIR)/sft))
 
 # What the demo's reward model and direct objective learn from: labelers rank the fine-tuned model's own answers.
 $(RUNS)/demo/generate/responses.jsonl: $(call made,$(RUNS)/demo/sft)
-	$(RLHF) generate experiment=demo_samples_generate runs=$(RUNS)
+	$(RLHF) generate experiment=demo_samples_generate runs=$(RUNS) $(ARGS_generate)
 
 $(RUNS)/demo/own_rankings.jsonl: $(RUNS)/demo/generate/responses.jsonl
 	$(BIN)/python scripts/lab_label.py $< $@ --by panel
@@ -79,7 +79,7 @@ $(call made,$(RUNS)/demo/rm) $(call made,$(RUNS)/demo/dpo): $(RUNS)/demo/own_ran
 
 # The judge ranks its answers to held-out prompts, to see how good the reward model is.
 $(RUNS)/demo/heldout/responses.jsonl: $(call made,$(RUNS)/demo/sft)
-	$(RLHF) generate experiment=demo_heldout_generate runs=$(RUNS)
+	$(RLHF) generate experiment=demo_heldout_generate runs=$(RUNS) $(ARGS_generate)
 
 $(RUNS)/demo/heldout_rankings.jsonl: $(RUNS)/demo/heldout/responses.jsonl
 	$(BIN)/python scripts/lab_label.py $< $@ --by gold
@@ -87,7 +87,7 @@ $(RUNS)/demo/heldout_rankings.jsonl: $(RUNS)/demo/heldout/responses.jsonl
 $(RUNS)/demo/evaluated/demo_rm_evaluate: $(RUNS)/demo/heldout_rankings.jsonl
 
 $(DIR)/evaluated/%: $(MODELS)
-	$(RLHF) evaluate experiment=$* runs=$(RUNS)
+	$(RLHF) evaluate experiment=$* runs=$(RUNS) $(ARGS_evaluate)
 	@mkdir -p $(@D) && touch $@
 
 test: setup ## all tests but the long matrices, under ten minutes on two cores

@@ -27,7 +27,11 @@ STAGES = {
     "chat": "Talk to a model in the terminal.",
     "score": "Give answers from a file their rewards, as JSON lines.",
     "evaluate": "Score models beside each other.",
+    "report": "Tell what is in a folder of runs as one HTML page: rlhf report runs/demo.",
 }
+
+# What `rlhf plan` takes without its section's name.
+SHORT = ("gpus", "gpus_per_host", "gpu_memory", "host_memory", "gpu")
 
 FORWARDING = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -49,11 +53,17 @@ def _add_stage(name: str, summary: str) -> None:
     # No help option of its own: `rlhf sft --help` is Hydra's, which lists config groups and values.
     @app.command(name, help=summary, add_help_option=False, context_settings=FORWARDING)
     def command(hydra_args: HydraArgs = None) -> None:
-        from rlhf_pipeline.hydra_bridge import run_stage  # keeps `rlhf --help` free of Hydra and torch
+        from rlhf_pipeline.hydra_bridge import (  # keeps `rlhf --help` free of Hydra and torch
+            names_folder,
+            quoted,
+            run_stage,
+        )
 
         args = hydra_args or []
         if name == "prep" and args and args[0] in TRAINING:
             run_stage(args[0], args[1:], recipe="prep")
+        elif name == "report" and args and names_folder(args[0]):
+            run_stage(name, [f"folder={quoted(args[0])}", *args[1:]])
         else:
             run_stage(name, args)
 
@@ -63,16 +73,41 @@ for _name, _summary in STAGES.items():
 
 
 @app.command(context_settings={**FORWARDING, "allow_interspersed_args": False})
+def plan(
+    stage_args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="STAGE [KEY=VALUE]...", autocompletion=_complete, show_default=False),
+    ] = None,
+) -> None:
+    """Tell what a stage's run takes before there is one: memory, time: rlhf plan ppo ... gpus=64 gpu_memory=80GB."""
+    from rlhf_pipeline import failures
+    from rlhf_pipeline.errors import UserError
+    from rlhf_pipeline.hydra_bridge import PLAN, run_stage
+
+    stage, *args = stage_args or [""]
+    if stage not in TRAINING:
+        error = UserError(
+            f"{' '.join(['rlhf plan', stage]).strip()}: name what to plan first, one of {', '.join(TRAINING)}"
+        )
+        raise SystemExit(failures.leave(error, PLAN))
+    run_stage(stage, [f"machine.{arg}" if arg.partition("=")[0] in SHORT else arg for arg in args], recipe=PLAN)
+
+
+@app.command(context_settings={**FORWARDING, "allow_interspersed_args": False})
 def launch(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND [KEY=VALUE]...", help="such as: sft name=big")],
     num_processes: Annotated[int, typer.Option(help="Processes on this machine, one a GPU.", min=1)] = 1,
-    hostfile: Annotated[str | None, typer.Option(help="DeepSpeed host file: run on several machines.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Machines to run on by ssh; lines: <host> slots=<GPUs>.")] = None,
     master_port: Annotated[int | None, typer.Option(help="A free port is found when this is left out.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="The first host's address, if not its name in the file.")] = None,
 ) -> None:
     """Run a stage in several processes."""
     from rlhf_pipeline.launch import launch as start
 
-    raise typer.Exit(start(command, num_processes=num_processes, hostfile=hostfile, master_port=master_port))
+    code = start(
+        command, num_processes=num_processes, hostfile=hostfile, master_port=master_port, master_addr=master_addr
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline import config
+from rlhf_pipeline import config, failures, peers, runtime
 from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.files import check_folder
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -20,28 +22,51 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 QUIET_RANK = ["hydra/hydra_logging=disabled"]
+# `rlhf plan` opens no data and no tokenizer, has ways of its own to know a model's shape, and leaves no folder behind.
+NOT_READ_BY_PLAN = ("data.train", "mix.train", "ptx.train", "normalise.train", "model", "model.shape", "tokenizer.path")
+PLAN, NO_FOLDER = "plan", "hydra.run.dir=."
 
 
 def run_stage(stage: str, args: list[str], *, recipe: str | None = None) -> None:
     """Check the config, then hand `args` to Hydra and the composed config object to the stage's recipe, or another one.
 
-    A user's mistake ends the process with its message and exit code 2.
+    A user's mistake ends the process with its message and exit code 2, a failure with its message and exit code 1.
     """
+    failures.settle_streams()
+    name = stage if recipe is None else f"{recipe} {stage}"  # as it was typed
+    try:
+        runtime.check_place()
+    except UserError as error:  # told by every process, for it is about that one
+        raise SystemExit(failures.leave(error, name)) from None
+    with _leaving(name):
+        _run_stage(stage, args, name, recipe or stage)
+        sys.stdout.flush()  # or the interpreter would, and say what it could not in its own way
+
+
+@contextmanager
+def _leaving(name: str) -> Iterator[None]:
+    """Whatever is raised within ends the process, by a message and its exit code."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(failures.leave(error, name, first=peers.is_first())) from None
+
+
+def _run_stage(stage: str, args: list[str], name: str, recipe: str) -> None:
     args = [a for a in args if not a.startswith(("--local_rank", "--local-rank"))]  # launchers add it
     if _rank() > 0:
         args += QUIET_RANK  # one writer per run directory
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug deserves its traceback; a mistake never gets here
-    try:
-        preflight(stage, args)
-    except UserError as error:
-        leave(error)
+    if recipe == PLAN:
+        args = [NO_FOLDER, *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through as they are
+    preflight(stage, args, unread=NOT_READ_BY_PLAN if recipe == PLAN else ())
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     from rlhf_pipeline.config.compose import to_object
 
-    recipe_module = f"rlhf_pipeline.recipes.{recipe or stage}"
+    recipe_module = f"rlhf_pipeline.recipes.{recipe}"
 
     def task(node: DictConfig) -> None:
         cfg = to_object(node)
@@ -49,19 +74,16 @@ def run_stage(stage: str, args: list[str], *, recipe: str | None = None) -> None
         # What is imported and tokenised from here on stays: looking for garbage in it costs a quarter of the start-up.
         # The training loop switches the collector on again.
         gc.disable()
-        try:
-            import_module(recipe_module).main(cfg)
-        except UserError as error:
-            leave(error)
-        except OSError as error:  # of the small files; saving a state or an artifact says more
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            place = error.filename or cfg.run_dir
-            leave(
-                UserError(
+        with _leaving(name):  # within the task: what gets out of it, Hydra announces with all overrides
+            try:
+                import_module(recipe_module).main(cfg)
+            except OSError as error:  # of the small files; saving a state or an artifact says more
+                if not failures.disk_is_full(error):
+                    raise
+                place = error.filename or cfg.run_dir
+                raise UserError(
                     f"{place}: the disk is full; what was saved is intact. Make room and run the same command again."
-                )
-            )
+                ) from error
 
     task.__module__ = recipe_module  # Hydra names the job after it
     config.register()
@@ -73,8 +95,8 @@ def run_stage(stage: str, args: list[str], *, recipe: str | None = None) -> None
         sys.argv = saved
 
 
-def preflight(stage: str, args: list[str]) -> None:
-    """Refuse a config that cannot run, before torch is imported.
+def preflight(stage: str, args: list[str], *, unread: Sequence[str] = ()) -> None:
+    """Refuse a config that cannot run, before torch is imported. Problems of keys that are `unread` are none.
 
     Raises:
         UserError: naming every problem.
@@ -96,15 +118,24 @@ def preflight(stage: str, args: list[str]) -> None:
         refuse(stage, [line for lines in refused.values() for line in lines])
         return
     jobs = _jobs(parsed.overrides, parsed.config_dir) if parsed.multirun else [parsed.overrides]
-    problems = [line for job in jobs for line in examine(stage, job, **where)[1]]
-    refuse(stage, list(dict.fromkeys(problems)))  # many jobs may share one
+    configs, problems = zip(*(examine(stage, job, **where) for job in jobs), strict=True)
+    told = dict.fromkeys(line for lines in problems for line in lines)  # many jobs may share one
+    refuse(stage, [line for line in told if re.split(r"[=:]", line)[0] not in unread])
+    for one in configs if not unread else ():
+        check_folder(one.run_dir)
 
 
-def leave(error: UserError) -> None:
-    """Print a user's mistake (on the first rank only) and end with exit code 2."""
-    if _rank() == 0:
-        sys.stderr.write(f"{error}\n")
-    raise SystemExit(2)
+def names_folder(word: str) -> bool:
+    """Whether an argument is a path and neither `key=value` nor a flag. `./a=b` is a path for its slash."""
+    return not re.match(r"-|[+~]*[\w.@]*=|~", word)
+
+
+def quoted(text: str) -> str:
+    """`text` as a value that Hydra and OmegaConf leave as it is, whatever stands in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    return QuotedString(text=plain, quote=Quote.single).with_quotes()
 
 
 def complete(stage: str, typed: str) -> list[str]:
@@ -123,10 +154,14 @@ def complete(stage: str, typed: str) -> list[str]:
     line = re.sub(r" ([=:]) ?", r"\1", line).partition(f" {stage}")[2]
     first, blank, rest = line.removeprefix(" ").partition(" ")
     stages = []
-    if stage == "prep" and first in TRAINING and blank:  # prep takes the arguments of a stage
+    if stage in ("prep", "plan") and first in TRAINING and blank:  # they take the arguments of a stage
         stage, line = first, f" {rest}"
-    elif stage == "prep" and not blank:
+    elif stage == "report" and first and blank and names_folder(first):
+        line = f" {rest}"
+    elif stage in ("prep", "plan") and not blank:
         stages = [name for name in TRAINING if name.startswith(first)]
+    if stage not in STAGES:  # `plan`, before it is said of what
+        return stages
     word = line.rpartition(" ")[2]
     key, is_value, value = word.partition("=")
     extra_dir = re.search(r" (?:--config-dir|-cd)[ =](\S+)", line)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from rlhf_pipeline.config.check_comparison import check_comparison
 from rlhf_pipeline.config.check_direct import check_direct
+from rlhf_pipeline.config.check_judge import check_judge
 from rlhf_pipeline.config.check_ppo import check_ppo
 from rlhf_pipeline.config.check_scorers import scorers
+from rlhf_pipeline.config.machine import check_machine
 from rlhf_pipeline.config.ranking import RankingLoss, Ties
 from rlhf_pipeline.config.schema import (
     AnswersConfig,
@@ -32,12 +35,13 @@ from rlhf_pipeline.config.stages import (
     PpoConfig,
     PrepConfig,
     PretrainConfig,
+    ReportConfig,
     RmConfig,
     ScoreConfig,
     SftConfig,
     StageConfig,
 )
-from rlhf_pipeline.config.values import between, columns, finite, names, optimiser, positive, source
+from rlhf_pipeline.config.values import between, columns, finite, folder_name, names, optimiser, positive, source
 
 # Keys of DeepSpeed's JSON that `engine.extra` may set; the engine owns the others (dtype, clipping, batch sizes,
 # optimiser), and an unknown key would be dropped by DeepSpeed without a word.
@@ -71,7 +75,7 @@ def check(config: CommandConfig) -> list[str]:
                 optimiser("optim", config.optim),
                 _loop(config),
             ]
-            sections += [_engine(config), _stage(config)]
+            sections += [_engine(config), _stage(config), check_machine(config.machine)]
         case PrepConfig():
             sections += [_data(config.data)]
         case GenerateConfig():
@@ -82,7 +86,9 @@ def check(config: CommandConfig) -> list[str]:
             sections += [_answers(config.data), positive("batch_tokens", config.batch_tokens)]
         case EvaluateConfig():
             sections += [_evaluate(config), positive("batch_tokens", config.batch_tokens)]
-    if isinstance(config, GenerateConfig | ChatConfig | ScoreConfig) and config.model.path is None:
+        case ReportConfig():
+            sections += [_report(config)]
+    if isinstance(config, GenerateConfig | ChatConfig | ScoreConfig) and not config.model.path:
         sections.append(iter(["model.path: has no value; add model.path=<an artifact, a folder or a hub id>"]))
     return [problem for section in sections for problem in section]
 
@@ -90,13 +96,16 @@ def check(config: CommandConfig) -> list[str]:
 def _command(config: CommandConfig) -> Iterator[str]:
     if not config.run_dir:
         yield "run_dir: must name a folder; leave it out for runs/<name>/<command>"
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        yield f"name={config.name!r}: a run's name is a folder name, without a slash and not starting with a dot"
+    if not config.runs:
+        yield "runs: must name a folder; leave it out for ./runs"
+    yield from folder_name(f"name={config.name!r}", "a run's name", config.name)
 
 
 def _model(config: StageConfig) -> Iterator[str]:
     model: ModelConfig = config.model
     shape = model.shape
+    if model.path == "":
+        yield "model.path='': must be an artifact, a folder or a hub id"
     if (model.path is None) == (shape is None):
         yield (
             "model: set exactly one of model.path (an artifact, a folder, a hub id) and model.shape "
@@ -208,8 +217,7 @@ def _evaluate(config: EvaluateConfig) -> Iterator[str]:
     if not names(config.systems):
         yield f"systems={config.systems}: name what to compare, as in 'systems={{base:<model>,sft:<model>}}'"
     for name in config.systems if isinstance(config.systems, dict) else []:
-        if "/" in str(name) or str(name).startswith("."):
-            yield f"systems.{name}: a system's name is a folder name, without a slash and not starting with a dot"
+        yield from folder_name(f"systems.{name}", "a system's name", str(name))
     if config.kind is EvaluationKind.rm:
         yield from _answers(config.data)
     else:
@@ -219,6 +227,16 @@ def _evaluate(config: EvaluateConfig) -> Iterator[str]:
         yield f"sampling.samples={config.sampling.samples}: kind=gold compares one answer a prompt"
     if config.kind is EvaluationKind.select and config.reward.path is None:
         yield "reward.path: has no value; add reward.path=<a reward model>"
+    yield from check_comparison(config)
+    if config.samples < 0:
+        yield f"samples={config.samples}: must not be negative"
+
+
+def _report(config: ReportConfig) -> Iterator[str]:
+    if not config.folder:
+        yield "folder: has no value; say which runs to tell of, as in rlhf report runs/demo"
+    if config.output == "":
+        yield "output: must name a file; leave it out for report.html in the folder"
     if config.samples < 0:
         yield f"samples={config.samples}: must not be negative"
 
@@ -242,12 +260,14 @@ def _loop(config: StageConfig) -> Iterator[str]:
         "train.stop_after": train.stop_after,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.artifact_every": config.checkpoint.artifact_every,
         "tokenizer.train_documents": config.tokenizer.train_documents,
         "evaluation.examples": evaluation.examples,
         "evaluation.sample_tokens": evaluation.sample_tokens,
         "tracking.every": config.tracking.every,
         "runtime.threads": config.runtime.threads,
         "runtime.rank_timeout_minutes": config.runtime.rank_timeout_minutes,
+        "runtime.rendezvous_seconds": config.runtime.rendezvous_seconds,
     }.items():
         if value is not None:
             yield from positive(key, value)
@@ -289,6 +309,9 @@ def _engine(config: StageConfig) -> Iterator[str]:
         yield f"engine.offload_parameters: needs engine.zero_stage=3, not {engine.zero_stage}"
     for key in sorted(engine.extra.keys() - DEEPSPEED_KEYS):
         yield f"engine.extra.{key}: not one of {', '.join(sorted(DEEPSPEED_KEYS))}"
+    zero = engine.extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield f"engine.extra.zero_optimization={zero}: must be a mapping, as DeepSpeed's JSON has it"
 
 
 def _stage(config: StageConfig) -> Iterator[str]:
@@ -303,6 +326,8 @@ def _stage(config: StageConfig) -> Iterator[str]:
         yield "tokenizer.path: a model from scratch has no tokenizer; name one, or run rlhf pretrain first"
     if isinstance(config, RmConfig):
         yield from _ranking(config)
+    if isinstance(config, PpoConfig | DpoConfig) and config.judge is not None:
+        yield from check_judge("judge", config.judge)
     if isinstance(config, PpoConfig):
         yield from check_ppo(config)
     if isinstance(config, DpoConfig):

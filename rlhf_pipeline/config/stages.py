@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pipeline.config.direct import DirectConfig, DirectReferenceConfig, SampledConfig
+from rlhf_pipeline.config.frontier import FrontierConfig
+from rlhf_pipeline.config.judge import JudgeConfig
+from rlhf_pipeline.config.machine import MachineConfig
 from rlhf_pipeline.config.ppo import (
     AdvantageConfig,
     EmaConfig,
@@ -68,6 +71,7 @@ class StageConfig(CommandConfig):
     evaluation: EvaluationConfig = operational(factory=EvaluationConfig)
     tracking: TrackingConfig = operational(factory=TrackingConfig)
     runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+    machine: MachineConfig = operational(factory=MachineConfig)  # of `rlhf plan`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +112,7 @@ class PpoConfig(StageConfig):
     value: ValueConfig = field(default_factory=ValueConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    judge: JudgeConfig | None = operational(None)  # compares held-out answers with the reference's
     health: HealthConfig = operational(factory=HealthConfig)
 
 
@@ -119,6 +124,7 @@ class DpoConfig(StageConfig):
     reference: DirectReferenceConfig = field(default_factory=DirectReferenceConfig)
     sampled: SampledConfig = operational(factory=SampledConfig)
     rewards: Any = operational(factory=dict)  # {name: ScorerConfig}: what scores the sampled answers; see PpoConfig
+    judge: JudgeConfig | None = operational(None)  # compares them with the reference's
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,6 +147,7 @@ class GenerateConfig(CommandConfig):
     best_of: int = 1  # so many answers are drawn for each prompt, and the one that `rewards` score highest is written
     rewards: Any = field(default_factory=dict)  # {name: ScorerConfig}; see PpoConfig
     output: str | None = None  # null: responses.jsonl in the run's folder; - writes to standard output
+    token_ids: bool = operational(False)  # each answer's tokens as well, as response_ids
     runtime: RuntimeConfig = operational(factory=RuntimeConfig)
 
 
@@ -173,18 +180,36 @@ class EvaluateConfig(CommandConfig):
     """`rlhf evaluate`: models beside each other."""
 
     kind: EvaluationKind = EvaluationKind.gold
-    # gold: {name: a model, or a .jsonl file of `rlhf generate`}; rm: {name: a reward model, a policy, or lab:<labeler>};
-    # select: {name: a run of `rlhf sft`, or a model}
+    # gold, winrate, rank: {name: a model, or a .jsonl file of `rlhf generate`}; rm: {name: a reward model, a policy, or
+    # lab:<labeler>}; select: {name: a run of `rlhf sft`, or a model}; frontier: {name: a run of a policy, or a model}
     systems: Any = None
     data: AnswersConfig = field(default_factory=AnswersConfig)  # kind=rm: answers whose order is known
-    reference: str | None = None  # kind=rm: what policies were trained from; null: the artifact's parent
+    reference: str | None = None  # rm, frontier: what policies were trained from; null: the artifact's parent
     reward: ReadyModelConfig = field(default_factory=ReadyModelConfig)  # kind=select
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # winrate, rank
+    baseline: str | None = None  # winrate: the system that the others are held against; null: every two are compared
+    difficulty: str | None = "joint"  # winrate, rank: of prompts, for length control: joint, null, or a JSON file
+    temperatures: list[float] = field(default_factory=list)  # winrate: each system at each of these as well
+    rewards: Any = field(
+        default_factory=dict
+    )  # {name: ScorerConfig}: what else scores answers (winrate, rank, frontier)
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_tokens: int = operational(4096)  # scored in one forward pass
     samples: int = operational(6)  # answers of each system shown side by side
     runtime: RuntimeConfig = operational(factory=RuntimeConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig(CommandConfig):
+    """`rlhf report <folder>`: one HTML page of all that lies in a folder of runs."""
+
+    folder: str | None = None  # of runs, such as runs/demo
+    output: str | None = None  # null: report.html in the folder
+    title: str | None = None  # null: the folder's name
+    samples: int = 300  # prompts at most, with every system's answer
 
 
 STAGES: dict[str, type[CommandConfig]] = {
@@ -198,5 +223,6 @@ STAGES: dict[str, type[CommandConfig]] = {
     "chat": ChatConfig,
     "score": ScoreConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
 }
 TRAINING = [name for name, schema in STAGES.items() if issubclass(schema, StageConfig)]

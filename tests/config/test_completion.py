@@ -32,12 +32,15 @@ ENGINES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
                 "chat",
                 "score",
                 "evaluate",
+                "report",
+                "plan",
                 "launch",
                 "version",
             ],
         ),
         (["rlhf", "prep", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sf"], ["sft"]),
+        (["rlhf", "report", "runs/demo", "sam"], ["samples="]),
         (["rlhf", "sft", "eng"], ["engine.", "engine="]),
         (["rlhf", "sft", "engine=zero2"], ["engine=zero2", "engine=zero2_offload"]),
         (["rlhf", "sft", "engine", "=", ""], ENGINES),  # bash itself breaks words at "="
@@ -85,7 +88,7 @@ def test_real_bash(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("rlhf sft optim.warmup_s", ["optim.warmup_start_fraction=", "optim.warmup_steps="]),
-        ("rlhf sft experiment=demo_s", ["experiment=demo_sft"]),
+        ("rlhf sft experiment=demo_sf", ["experiment=demo_sft"]),
         ("rlhf sft engine=zero3 optim.lr", ["optim.lr="]),
         ("rlhf sft model=lab model.shape.he", ["model.shape.heads="]),  # only there after model=lab
         ("rlhf sft model.shape.he", []),
@@ -126,7 +129,7 @@ def test_objectives(line: str, expected: list[str]) -> None:
         ("rlhf prep p", ["pretrain", "ppo"]),  # of the stages; no key of its own begins so
         ("rlhf prep kin", ["kind="]),
         ("rlhf prep kind=ra", ["kind=ranking"]),
-        ("rlhf prep sft experiment=demo_s", ["experiment=demo_sft"]),
+        ("rlhf prep sft experiment=demo_sf", ["experiment=demo_sft"]),
         ("rlhf prep sft mix.r", ["mix.ratio="]),
         ("rlhf prep mix.r", []),
     ],

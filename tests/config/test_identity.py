@@ -15,7 +15,7 @@ from rlhf_pipeline.config.identity import differences, identity, plain
 GIVEN = ["data.train=some.jsonl", "model.path=some_model"]
 
 # Written out by hand, so that a field which joins or leaves is looked at.
-OPERATIONAL_SECTIONS = {"train", "engine", "checkpoint", "evaluation", "tracking", "runtime"}
+OPERATIONAL_SECTIONS = {"train", "engine", "checkpoint", "evaluation", "tracking", "runtime", "machine"}
 OPERATIONAL_FIELDS = {
     "name", "runs", "run_dir", "model.attention", "model.gradient_checkpointing", "data.cache_dir", "data.workers",
     "batch.row_length", "batch.micro_rows",

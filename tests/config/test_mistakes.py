@@ -182,10 +182,25 @@ WITHOUT_TRAINING = [
     ("evaluate", ["kind=rm"], "data.path: has no value; add data.path=..."),
     ("evaluate", ["kind=select"], "reward.path: has no value; add reward.path=<a reward model>"),
     ("evaluate", ["batch_tokens=0"], "batch_tokens=0: must be more than 0"),
+    ("evaluate", ["kind=winrate"], "systems={'a': 'some_model'}: kind=winrate compares systems; name two or more"),
+    ("evaluate", ["kind=rank", "+systems.b=m", "baseline=a"], "baseline=a: is for kind=winrate; kind=rank has none"),
+    ("evaluate", ["kind=winrate", "+systems.b=m", "baseline=c"], "baseline=c: is none of the systems, which are a, b"),
+    ("evaluate", ["kind=winrate", "+systems.b=m", "judge=chat"], "judge.chat.url: has no value"),
+    ("evaluate", ["kind=winrate", "+systems.b=m", "judge=reward_model"], "judge.model.path: has no value"),
+    ("evaluate", ["kind=winrate", "+systems.b=m", "temperatures=[1]"], "temperatures: is for kind=winrate with a basel"),
+    (
+        "evaluate",
+        ["kind=winrate", "+systems.b=b.jsonl", "baseline=a", "temperatures=[1]"],
+        "systems.b=b.jsonl: answers in a file cannot be drawn again",
+    ),
+    ("evaluate", ["+rewards.rm.program=a:b"], "rewards: kind=gold takes none"),
     ("score", ["data.path=null"], "data.path: has no value; add data.path=..."),
     ("score", ["data.max_length=1"], "data.max_length=1: a prompt token and an answer's token need 2"),
     ("score", ["model.path=null"], "model.path: has no value; add model.path=<an artifact, a folder or a hub id>"),
     ("evaluate", ["kind=best"], "kind=best: Invalid value 'best', expected one of ["),
+    ("report", ["folder=null"], "folder: has no value; say which runs to tell of, as in rlhf report runs/demo"),
+    ("report", ["samples=-1"], "samples=-1: must not be negative"),
+    ("report", ["output=''"], "output: must name a file; leave it out for report.html in the folder"),
     ("prep", ["kind=pairs"], "kind=pairs: Invalid value 'pairs', expected one of [text, demonstration, ranking, "),
     ("prep", ["data.train=null"], "data.train: has no value; add data.train=..."),
 ]
@@ -195,6 +210,7 @@ GIVEN_WITHOUT_TRAINING = {
     "score": ["model.path=some_model", "data.path=some.jsonl"],
     "evaluate": ["systems={a:some_model}"],
     "prep": ["data.train=some.jsonl"],
+    "report": ["folder=runs/demo"],
 }
 
 
