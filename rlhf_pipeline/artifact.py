@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_pipeline import card
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import disk_errors, publish, sha256, write_json
+from rlhf_pipeline.files import disk_errors, is_intact, publish, read_small, sealed, sha256, write_json
 
 FORMAT = 1
 MANIFEST = "artifact.json"
@@ -107,7 +108,7 @@ def save(
         )
         said = asdict(complete)
         (partial / CARD).write_text(_card(said, model=model, weights=weights, folder=partial), encoding="utf-8")
-        write_json(partial / MANIFEST, said)
+        write_json(partial / MANIFEST, sealed(said))
         publish(partial, path)
     return complete
 
@@ -128,26 +129,32 @@ def load(path: str | Path, *, kind: Kind | tuple[Kind, ...]) -> Manifest:
         UserError: for a missing, unfinished or damaged artifact, or one of another kind; says which, and what to do.
     """
     folder = Path(path)
+    again = "run the stage that makes it again"
     try:
-        raw = json.loads((folder / MANIFEST).read_text())
+        raw = json.loads(read_small(folder / MANIFEST))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no {MANIFEST} in it, so no finished artifact; run the stage that makes it to its end"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); run the stage that makes it again") from None
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); {again}") from None
     if isinstance(raw, dict) and raw.get("format") != FORMAT:
         raise UserError(
             f"{folder}: artifact format {raw.get('format')}, this version reads {FORMAT}; install the version that wrote it"
         )
-    if isinstance(raw, dict):
-        raw.setdefault("reward_log_tie", None)  # came later than the others
-    if not isinstance(raw, dict) or any(one.name not in raw for one in fields(Manifest)):
-        raise UserError(f"{folder / MANIFEST}: not a whole manifest; run the stage that makes it again")
+    intact = isinstance(raw, dict) and is_intact(raw)  # told last: other messages say more
+    if wrong := _faults(raw):
+        raise UserError(f"{folder / MANIFEST}: not a whole manifest: {wrong}; {again}")
     for name, digest in raw["files"].items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing; copy the whole folder, or run the stage that makes it again")
-        if sha256(folder / name) != digest:
+            raise UserError(f"{folder}: {name} is missing; copy the whole folder, or {again}")
+        try:
+            differs = sha256(folder / name) != digest
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
+        if differs:
             raise UserError(
                 f"{folder}: {name} is damaged (its checksum differs); copy it afresh, or run the stage again"
             )
@@ -157,12 +164,59 @@ def load(path: str | Path, *, kind: Kind | tuple[Kind, ...]) -> Manifest:
             f"{folder}: is a {raw['kind']} (made by rlhf {raw['stage']}), and a "
             f"{' or a '.join(one.value for one in kinds)} is needed here"
         )
+    if raw["content_hash"] != _content_hash(raw["files"]):  # or none could be asked for by leaving it out
+        raise UserError(f"{folder / MANIFEST}: its content_hash is not that of its files; {again}")
+    if not intact:
+        raise UserError(f"{folder}: {MANIFEST} is damaged (its checksum differs); copy it afresh, or run the stage again")
     parents = {name: Parent(**parent) for name, parent in raw.pop("parents").items()}
-    return Manifest(**{**raw, "kind": Kind(raw["kind"]), "parents": parents})
+    known = {one.name for one in fields(Manifest)}
+    return Manifest(**{**{k: v for k, v in raw.items() if k in known}, "kind": Kind(raw["kind"]), "parents": parents})
+
+
+_HASH = (str, NoneType)
+_SHAPE: dict[str, tuple[type, ...]] = {  # of a manifest's fields, those that other code relies on
+    "kind": (str,), "stage": (str,), "step": (int,), "template_hash": (str,), "tokenizer_hash": (str,),
+    "special_ids": (dict,), "vocab_size": (int,), "config": (dict,), "data": (dict,), "metrics": (dict,),
+    "parents": (dict,), "reward_shift": (int, float, NoneType), "reward_scale": (int, float, NoneType),
+    "reward_log_tie": (int, float, NoneType), "versions": (dict,), "git_revision": _HASH, "files": (dict,),
+    "content_hash": (str,),
+}  # fmt: skip
+_PARENT: dict[str, tuple[type, ...]] = {"path": (str,), "content_hash": _HASH, "template_hash": _HASH,
+                                        "tokenizer_hash": _HASH}  # fmt: skip
+
+
+def _faults(raw: Any) -> str:
+    """What is wrong with the content of an artifact.json; empty where it is as `save` writes it."""
+    if not isinstance(raw, dict):
+        return f"it is a {type(raw).__name__}"
+    raw.setdefault("reward_log_tie", None)  # came later than the others
+    for name, types in _SHAPE.items():
+        if name not in raw:
+            return f"{name!r} is missing"
+        if not isinstance(raw[name], types):
+            return f"{name!r} is {raw[name]!r:.60}"
+    for name, digest in raw["files"].items():
+        if not isinstance(digest, str) or Path(name).is_absolute() or {"", ".", ".."} & {*name.split("/")}:
+            return f"{name!r:.60} is no name of a file in it"
+    for name, one in raw["parents"].items():
+        if not isinstance(one, dict) or one.keys() != _PARENT.keys():
+            return f"the parent {name!r} is {one!r:.60}"
+        if any(not isinstance(one[key], types) for key, types in _PARENT.items()):
+            return f"the parent {name!r} is {one!r:.60}"
+    return ""
 
 
 def is_artifact(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether it is an artifact, whatever its kind, that is as it was written."""
+    try:
+        load(path, kind=tuple(Kind))
+    except UserError:
+        return False
+    return True
 
 
 def parent(path: str, *, kind: Kind | tuple[Kind, ...]) -> Parent:
@@ -223,13 +277,13 @@ def ancestors(direct: dict[str, Any]) -> dict[str, dict[str, Any]]:
     while left:
         one = left.pop()
         try:
-            raw = json.loads((Path(one["path"]) / MANIFEST).read_text())
+            raw = json.loads(read_small(Path(one["path"]) / MANIFEST))
             parents = list(raw["parents"].values())
             whole = all(isinstance(p["path"], str) and isinstance(p["content_hash"], str | None) for p in parents)
             if whole and raw["content_hash"] not in found:  # by its own: one made anew is not what a child names
                 found[raw["content_hash"]] = raw
                 left += parents
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue  # a folder without one, or anything else: a run is not to end for its card
     return found
 

@@ -79,16 +79,14 @@ def _told(error: BaseException, stage: str) -> tuple[int, str]:
         return 1, (
             f"{here}: process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} has lost the others: "
             f"{_cut(error).partition(chr(10))[0]}\nOne of them has ended, or has not answered for "
-            "runtime.rank_timeout_minutes; what ended it stands above, where it could still say so. What was saved is intact: "
-            "run the same command again."
+            "runtime.rank_timeout_minutes; what ended it stands above, where it could still say so. What was saved is "
+            "intact: run the same command again."
         )
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return 1, f"{here}: whatever read the output has gone away"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:  # a write does not say to which file
-        return (
-            2,
-            f"{here}: {_path(error.filename or 'a file')}: {TOO_LARGE}. What was saved is intact; raise that limit and run the same command again.",
-        )
+        place = _path(error.filename or "a file")
+        return 2, f"{here}: {place}: {TOO_LARGE}. What was saved is intact; raise that limit and run the same command again."
     if isinstance(error, OSError) and error.filename is not None:
         reason = os.strerror(error.errno) if error.errno else str(error)
         return 1, (

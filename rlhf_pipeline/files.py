@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_pipeline.errors import UserError
 
-
+SEAL = "checksum"
 TOO_LARGE = "no file may become so large here (ulimit -f, or the file system)"
 
 
@@ -59,6 +59,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with a checksum of itself under SEAL, for a file that says what others must be."""
+    rest = {name: one for name, one in value.items() if name != SEAL}
+    text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)  # as it will be read
+    return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_intact(value: dict[str, Any]) -> bool:
+    """Whether what was read is what was sealed; also where there is no seal, as before there were any."""
+    return SEAL not in value or sealed(value) == value
 
 
 def write_json(path: Path, value: Any) -> None:

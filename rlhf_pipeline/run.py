@@ -98,10 +98,7 @@ def refuse_another(config: CommandConfig) -> None:
     changed = differences(before, redact(plain(identity(config))))
     if changed:
         lines = "\n".join(f"  - {line}" for line in changed)
-        raise UserError(
-            f"{folder}: holds a run with another config\n{lines}\n"
-            f"C{begin_again[1:]}."
-        )
+        raise UserError(f"{folder}: holds a run with another config\n{lines}\nC{begin_again[1:]}.")
 
 
 def _lock(folder: Path) -> Any:

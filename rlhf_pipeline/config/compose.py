@@ -34,7 +34,6 @@ from rlhf_pipeline.config.ppo import ScorerConfig
 from rlhf_pipeline.config.stages import STAGES, DpoConfig, EvaluateConfig, GenerateConfig, PpoConfig
 from rlhf_pipeline.errors import UserError
 
-
 LONGEST = 2000  # characters of a reason: some list all that could be chosen
 
 
@@ -172,7 +171,9 @@ def _one_by_one(
             node = hydra_compose(name, [*searchpath, *accepted, override])
             accepted.append(override)
         except REFUSALS as error:
-            refused[override] = [f"{_shown(override)}: {why[:LONGEST]}" for why in explain(override, error, node, folders)]
+            refused[override] = [
+                f"{_shown(override)}: {why[:LONGEST]}" for why in explain(override, error, node, folders)
+            ]
     return node, refused
 
 

@@ -13,8 +13,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-# What composing raises for a user's mistake; the last four escape from Hydra's own code.
-REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, AssertionError)
+# What composing raises for a user's mistake; the others than the first three escape from Hydra's own code.
+REFUSALS = (
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError, AssertionError, OSError,
+    RecursionError, TypeError
+)  # fmt: skip
+SHOWN = 300  # characters of what was typed, or of a path, in a message
 IN_A_FILE = re.compile(r"In '(?P<config>[^']+)': \w+ raised while composing config:")
 
 
@@ -27,14 +31,20 @@ def explain(override: str, error: Exception, node: DictConfig, folders: list[Pat
         return [f"is not key=value; a value with special characters needs quotes ({text})"]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return [_missing_choice(key, error)]
+    if (file := _chosen(override, folders)) and (fault := _fault(file)):
+        return [f"{file}: {fault}"]
+    if isinstance(error, RecursionError):
+        return ["its defaults lead back to itself, or it is nested too deeply"]
+    if isinstance(error, OSError):
+        return [f"{'' if error.filename is None else f'{str(error.filename)[:SHOWN]}: '}{error.strerror}"]
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return [f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"]
     if faulty := IN_A_FILE.match(str(error)):
         return _of_file(faulty["config"], node, folders) or [" ".join(str(error).split("\n")[1:3])]
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) or text.startswith("Could not delete"):
         return [no_such_key(str(getattr(cause, "full_key", None) or key), node)]
-    if isinstance(error, ValueError):
-        return [f"{key} is one of {', '.join(group_files(key, folders))}"]
+    if isinstance(error, ValueError) and (choices := group_files(key, folders)):
+        return [f"{key} is one of {', '.join(choices)}"]
     if isinstance(error, AssertionError | AttributeError):
         return [_below_null(key, node, folders)]
     if text.startswith(("Could not append", "Multiple values")):
@@ -42,6 +52,32 @@ def explain(override: str, error: Exception, node: DictConfig, folders: list[Pat
     if text.startswith("Ambiguous value"):
         return ["several values; add -m to run each, or write [...] for a list, or quote them as one"]
     return [text]
+
+
+def _chosen(override: str, folders: list[Path]) -> Path | None:
+    """The file that an override of a group chooses."""
+    group, choice = key_of(override), override.partition("=")[2]
+    if not re.fullmatch(r"[\w.-]{1,200}", choice) or not re.fullmatch(r"[\w/-]{1,200}", group):
+        return None
+    return next((f for folder in reversed(folders) if (f := folder / group / f"{choice}.yaml").is_file()), None)
+
+
+def _fault(file: Path) -> str:
+    """What makes a config file none, whatever its values; empty where nothing does."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+    except (yaml.YAMLError, ValueError, RecursionError, OSError):
+        return ""  # told with its line elsewhere
+    if not isinstance(content, dict):
+        return "is empty" if content is None else f"holds a {type(content).__name__}, not a mapping of keys to values"
+    if not isinstance(content.get("defaults", []), list):
+        return "its `defaults` must be a list"
+    if file.parent.name == "experiment" and "@package" not in text:
+        return "its first line must be: # @package _global_"
+    return ""
 
 
 def _missing_choice(key: str, error: MissingConfigException) -> str:
@@ -117,7 +153,9 @@ def key_of(override: str) -> str:
 
 def group_files(group: str, folders: list[Path]) -> list[str]:
     """The files of a config group; none where there is no such group."""
-    return sorted({path.stem for folder in folders if group for path in (folder / group).glob("*.yaml")})
+    if not 0 < len(group) < SHOWN:  # longer than a file system allows
+        return []
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def first_line(error: BaseException) -> str:

@@ -356,7 +356,8 @@ class RuntimeConfig:
     device: Device = Device.auto
     threads: int | None = None  # null: the processor's cores shared among the processes of this machine
     keep_freed_memory: bool = True  # CPU: glibc keeps what torch frees, 1.2-1.8 x faster for some memory
-    rank_timeout_minutes: int = 30  # how long a collective may take before the run gives up
+    rank_timeout_minutes: int = 10  # how long a collective may take before the run gives up
+    rendezvous_seconds: int = 50  # how long a process waits at its start for the others to be started
 
 
 def choices(schema: type, key: str) -> list[str]:

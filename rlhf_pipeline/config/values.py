@@ -9,11 +9,15 @@ from typing import Any
 
 from rlhf_pipeline.config.schema import Algorithm, OptimConfig
 
+SEEDS = 2**32  # so many; a step's seed is made of it by multiplying
+LARGEST = 2**53  # whole number that every part of the program takes, JSON and floats too
+NAME_BYTES = 200  # of a folder's name; file systems take 255, and files of ours have more in theirs
+
 SOURCE_KEYS = ("path", "weight", "format", "split", "columns")
 
 
 def finite(section: Any, prefix: str = "") -> Iterator[str]:
-    """nan and inf pass for numbers, and nan for any comparison."""
+    """nan and inf pass for numbers, and nan for any comparison; Python has larger whole numbers than what they go to."""
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
@@ -24,6 +28,11 @@ def finite(section: Any, prefix: str = "") -> Iterator[str]:
                     yield from finite(member, f"{prefix}{f.name}.{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{prefix}{f.name}={value}: must be a finite number"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if f.name == "seed" and not 0 <= value < SEEDS:
+                yield f"{prefix}seed={value}: must be at least 0 and less than {SEEDS}"
+            elif abs(value) > LARGEST:
+                yield f"{prefix}{f.name}={value}: is too large; at most {LARGEST}"
 
 
 def columns(key: str, columns: Any) -> Iterator[str]:
@@ -78,6 +87,16 @@ def optimiser(key: str, optim: OptimConfig) -> Iterator[str]:
     for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
         if getattr(optim, name) < 0:
             yield f"{key}.{name}={getattr(optim, name)}: must not be negative"
+
+
+def folder_name(key: str, what: str, name: str) -> Iterator[str]:
+    """For names of runs and systems, which become folders and are shown."""
+    if not name.strip() or "/" in name or name.startswith("."):
+        yield f"{key}: {what} is a folder name, without a slash and not starting with a dot"
+    elif not name.isprintable():
+        yield f"{key}: {what} is shown, and has control characters in it; take them out"
+    elif len(name.encode(errors="backslashreplace")) > NAME_BYTES:
+        yield f"{key[:60]}...: {what} is a folder name, of at most {NAME_BYTES} bytes"
 
 
 def positive(key: str, value: float) -> Iterator[str]:

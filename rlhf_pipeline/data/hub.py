@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import sync, write_json
+from rlhf_pipeline.files import read_object, sync, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ def first_rows(
     Raises:
         UserError: when the data set cannot be read.
     """
-    folder = cache_dir / "hub" / f"{name.replace('/', '--')}@{split}-{count}"
+    folder = cache_dir / "hub" / f"{name}@{split}-{count}".replace("/", "--")
     if not (folder / COMPLETE).is_file():
         _fetch(name, split, count, folder, progress)
     return sorted(str(file) for file in folder.glob("rows-*.jsonl.gz"))
@@ -50,8 +50,8 @@ def _fetch(name: str, split: str, count: int, folder: Path, progress: Callable[[
     rows, revision = _open(name, split)
     done: dict[str, Any] = {"revision": revision, "rows": 0, "state": None}
     if (folder / POSITION).is_file():
-        before = json.loads((folder / POSITION).read_text())
-        if before["revision"] == revision:
+        before = read_object(folder / POSITION, f"remove {folder} to fetch the rows anew")
+        if before.get("revision") == revision:
             done = before
         else:  # rows of two versions must not be mixed
             shutil.rmtree(folder)

@@ -14,16 +14,18 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_pipeline.data.chat_templates import load_template
 from rlhf_pipeline.data.records import BadRow, Message
 from rlhf_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Renderer", "Segment", "load_template", "tokenizer_hash"]
 
 # Set around control tokens that somebody's text spells, while the text goes through the template.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
@@ -32,16 +34,6 @@ _ADVICE = "Set tokenizer.template to dialogue, to chatml, or to a file."
 
 Span = tuple[int, int]
 Chat = list[dict[str, str]]
-
-
-def load_template(name_or_path: str, conf_dir: Path) -> str:
-    """The Jinja text of a template: a file, or the name of one under `conf_dir`/templates."""
-    shipped = conf_dir / "templates"
-    for path in (Path(name_or_path).expanduser(), shipped / f"{name_or_path}.jinja"):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    known = ", ".join(sorted(path.stem for path in shipped.glob("*.jinja")))
-    raise UserError(f"no chat template {name_or_path!r}: no such file, and the shipped ones are {known}")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -100,6 +92,7 @@ class Renderer:
         self._end = self._probe_end()
         self._ending = re.compile(f"(?<!{_OPEN}){re.escape(self._end)}")  # the template's own, not a message's
         self.end_ids = tuple(dict.fromkeys((self._id(self._end), self.eos_id)))
+        self._probe_prompt()
         self._probe_start()
 
     def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +220,6 @@ class Renderer:
 
     def _render(self, chat: Chat, *, prompt: bool) -> tuple[str, list[Span]]:
         """The text and the spans of its {% generation %} blocks."""
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -238,7 +230,7 @@ class Renderer:
                 return_assistant_tokens_mask=self._has_blocks,
                 **self._special_tokens,
             )
-        except TemplateError as error:
+        except Exception as error:  # its own complaint, or whatever an expression of somebody's template does
             raise BadRow("the chat template refuses the conversation", str(error)) from error
         (text,), spans = rendered
         return text, spans[0] if spans else []
@@ -347,6 +339,19 @@ class Renderer:
                 f"a model could not learn to stop. {_ADVICE} Or add the template's end of turn as one."
             )
         return end.group()
+
+    def _probe_prompt(self) -> None:
+        """A prompt leads up to the answer: a template may not keep for later what stands before an answer."""
+        asked = [{"role": "user", "content": "first probe"}]
+        prompt = self._render(asked, prompt=True)[0]
+        whole = self._render([*asked, {"role": "assistant", "content": "second probe"}], prompt=False)[0]
+        before = whole.removeprefix(prompt).partition("second probe")[0]
+        # Those that open an answer with an empty thought do it behind their generation prompt.
+        if whole.startswith(prompt) and before.strip() and prompt == self._render(asked, prompt=False)[0]:
+            raise UserError(
+                f"the chat template has no generation prompt (it ignores add_generation_prompt): {before!r} would be "
+                f"learned and sampled as part of every answer. {_ADVICE}"
+            )
 
     def _probe_start(self) -> None:
         """A question and answer renders as a prompt and its response, with at most one start token in all."""

@@ -15,6 +15,7 @@ from typing import Any
 from rlhf_pipeline.config.direct import TRAITS, Unit
 from rlhf_pipeline.config.stages import DpoConfig, PpoConfig, PretrainConfig, RmConfig, SftConfig, StageConfig
 from rlhf_pipeline.data import order, prepare
+from rlhf_pipeline.data import tokenizer as tokenizing
 from rlhf_pipeline.data.dataset import Progress, records_of
 from rlhf_pipeline.data.formats import Kind
 from rlhf_pipeline.data.prompts import Renderer
@@ -22,7 +23,7 @@ from rlhf_pipeline.data.records import BadRow, Text
 from rlhf_pipeline.data.sources import fingerprint, read_rows
 from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.data.tokenizer import open_tokenizer, train_tokenizer, with_template
-from rlhf_pipeline.files import publish, write_json
+from rlhf_pipeline.files import publish, read_small, write_json
 
 KINDS: dict[str, Kind] = {  # of data_sets
     "text": "text",
@@ -43,7 +44,7 @@ def open_renderer(config: StageConfig, *, progress: Progress | None = None) -> R
     """
     path = config.tokenizer.path or config.model.path
     if path is not None:
-        return Renderer(open_tokenizer(path, config.tokenizer, trust_remote_code=config.model.trust_remote_code))
+        return tokenizing.open_renderer(path, config.tokenizer, trust_remote_code=config.model.trust_remote_code)
     assert isinstance(config, PretrainConfig), "the config check lets no other stage pass without a tokenizer"
     return Renderer(_own_tokenizer(config, Path(config.run_dir), progress))
 
@@ -131,7 +132,7 @@ def _own_tokenizer(config: PretrainConfig, run_dir: Path, progress: Progress | N
         if any((run_dir / "state").glob("step_*")) and folder.is_dir():
             return open_tokenizer(str(folder), config.tokenizer)
         now = _made_from(config, sources)
-        if not (folder / MADE_FROM).is_file() or json.loads((folder / MADE_FROM).read_text()) != now:
+        if not _is_made_from(folder / MADE_FROM, now):
             tokenizer = train_tokenizer(
                 islice(_documents(sources), config.tokenizer.train_documents),
                 vocab_size=config.model.shape.vocab_size,
@@ -142,6 +143,13 @@ def _own_tokenizer(config: PretrainConfig, run_dir: Path, progress: Progress | N
             write_json(partial / MADE_FROM, now)
             publish(partial, folder)  # of several files, and a run may be killed between two of them
     return open_tokenizer(str(folder), config.tokenizer)
+
+
+def _is_made_from(file: Path, now: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(read_small(file)) == now)
+    except (OSError, ValueError, RecursionError):  # not there, or not as it was written
+        return False
 
 
 def _made_from(config: PretrainConfig, sources: list[prepare.Entry]) -> dict[str, Any]:

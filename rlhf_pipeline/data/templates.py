@@ -129,14 +129,19 @@ def load(name_or_path: str | Path) -> Templates:
 
     shipped = config_dir() / FOLDER
     places = (Path(name_or_path).expanduser(), shipped / f"{name_or_path}.yaml")
-    file = next((place for place in places if place.is_file()), None)
+    try:
+        file = next((place for place in places if place.is_file()), None)
+    except OSError as error:  # a name too long
+        raise UserError(f"data.templates={str(name_or_path)[:200]}: cannot be read: {error.strerror}") from None
     if file is None:
         known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
         raise UserError(f"data.templates={name_or_path}: no such file, and the shipped ones are {known}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, and no UTF-8
         raise UserError(f"{file}: not a YAML file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     made = _object(Templates, content, str(file))
     if made.choose not in ("one", "all"):
         raise UserError(f"{file}: choose is {made.choose!r}; it is one or all")

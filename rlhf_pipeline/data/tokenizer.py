@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from typing import Any
 
+from rlhf_pipeline import runtime
 from rlhf_pipeline.config import config_dir
 from rlhf_pipeline.config.schema import TokenizerConfig
-from rlhf_pipeline.data.prompts import load_template
+from rlhf_pipeline.data.prompts import Renderer, load_template
 from rlhf_pipeline.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 # The turn markers of conf/templates/chatml.jinja, so that a model of ours can be fine-tuned with either template.
@@ -24,16 +28,32 @@ def open_tokenizer(path: str, config: TokenizerConfig, *, trust_remote_code: boo
     """
     from transformers import AutoTokenizer
 
+    if trust_remote_code and runtime.is_main():
+        _log.warning("%s: trust_remote_code is on: Python code that comes with this model is run", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # of every kind: what is wrong with somebody's files, or not there
+        said = str(error).strip().replace("\n", " ")[:300]
+        reason = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}; are its files damaged?"
         raise UserError(
             f"{path}: no tokenizer can be opened there; name one with tokenizer.path=... ({reason})"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version, which is needed to find where a response begins")
     return with_template(tokenizer, config)
+
+
+def open_renderer(path: str, config: TokenizerConfig, *, trust_remote_code: bool = False) -> Renderer:
+    """The renderer of the tokenizer that `open_tokenizer` opens.
+
+    Raises:
+        UserError: see `open_tokenizer`; for a chat template that is missing or unfit.
+    """
+    tokenizer = open_tokenizer(path, config, trust_remote_code=trust_remote_code)
+    try:
+        return Renderer(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def with_template(tokenizer: Any, config: TokenizerConfig) -> Any:

@@ -175,7 +175,7 @@ def _problem(file: Path, facts: dict[str, Any]) -> str:
     if not sidecar.exists() and not file.exists():
         return _MISSING
     try:
-        told = json.loads(sidecar.read_text())
+        told = json.loads(sidecar.read_text(encoding="utf-8"))
         checksum = told.pop("sha256")
         if told.get("version") != VERSION:
             return f"the file is of version {told.get('version')}, and this is version {VERSION}"
@@ -188,7 +188,7 @@ def _problem(file: Path, facts: dict[str, Any]) -> str:
         return "" if shape == (facts["numbers"],) else f"the file holds an array of shape {shape}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"the file cannot be read ({error})"
 
 

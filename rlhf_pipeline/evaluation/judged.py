@@ -46,12 +46,13 @@ def judged_by(judge: Judge | None, *, seed: int, tell: Callable[[str], None]) ->
 
     def figures(pairs: Sequence[Pair]) -> dict[str, float]:
         found: dict[str, float] = {}
-        if runtime.is_main():
-            assert judge is not None
-            try:
-                found = measured(rule(judge, pairs), seed=seed)
-            except UserError as error:
-                tell(f"no verdicts at this evaluation: {error}")
+        with runtime.at_own_pace():
+            if runtime.is_main():
+                assert judge is not None
+                try:
+                    found = measured(rule(judge, pairs), seed=seed)
+                except UserError as error:
+                    tell(f"no verdicts at this evaluation: {error}")
         same: dict[str, float] = json.loads(runtime.broadcast(json.dumps(found)))
         return same
 

@@ -9,9 +9,9 @@ from typing import Any
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
 from rlhf_pipeline.config.schema import ReadyModelConfig, TokenizerConfig
+from rlhf_pipeline.data import tokenizer as tokenizing
 from rlhf_pipeline.data.prompts import Renderer
-from rlhf_pipeline.data.tokenizer import open_tokenizer
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import UserError, cannot_open
 from rlhf_pipeline.files import sha256
 
 
@@ -24,7 +24,7 @@ def open_renderer(model: ReadyModelConfig, tokenizer: TokenizerConfig) -> Render
     assert model.path is not None, "the config check lets no such config pass"
     _check_folder(model.path)
     source = tokenizer.path or model.path
-    return Renderer(open_tokenizer(source, tokenizer, trust_remote_code=model.trust_remote_code))
+    return tokenizing.open_renderer(source, tokenizer, trust_remote_code=model.trust_remote_code)
 
 
 def content_hash(model: ReadyModelConfig) -> str:
@@ -39,8 +39,15 @@ def content_hash(model: ReadyModelConfig) -> str:
     folder = Path(model.path)
     if not folder.is_dir():
         return f"{model.path}@{model.revision or 'main'}"
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".json", ".model")]
-    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".safetensors", ".bin", ".json", ".model") and file.is_file()
+    ]
+    try:
+        return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    except OSError as error:
+        raise UserError(f"model.path={model.path}: {error.filename}: cannot be read: {error.strerror}") from error
 
 
 def open_model(config: ReadyModelConfig, tokenizer: Any, device: str) -> Any:
@@ -70,8 +77,8 @@ def open_model(config: ReadyModelConfig, tokenizer: Any, device: str) -> Any:
             if "attention" not in str(error):
                 raise
             loaded = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: cannot be opened as a causal language model: {error}") from error
+    except Exception as error:
+        raise cannot_open(path, "causal language model", error) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers

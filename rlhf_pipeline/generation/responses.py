@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import disk_errors, sync, write_json
+from rlhf_pipeline.files import disk_errors, read_object, sync, write_json
 from rlhf_pipeline.generation.decode import Completion
 from rlhf_pipeline.generation.prompts import Asked
 
@@ -39,7 +39,10 @@ def row_of(asked: Asked, answer: Completion, text: str, more: Mapping[str, Any] 
 
 
 def line_of(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    if any("\ud800" <= char <= "\udfff" for char in line if not char.isascii()):  # half a character, which is no UTF-8
+        line = json.dumps(row, default=str)
+    return line + "\n"
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
@@ -49,10 +52,10 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         UserError: naming what has changed.
     """
     marker = folder / "inputs.json"
-    if not marker.is_file():
+    if not marker.exists():
         write_json(marker, inputs)
         return
-    before = json.loads(marker.read_text())
+    before = read_object(marker, f"remove {folder} to begin again")
     changed = [f"  - {name}: {before.get(name)} -> {now}" for name, now in inputs.items() if before.get(name) != now]
     if changed:
         lines = "\n".join(changed)

@@ -22,7 +22,7 @@ from rlhf_pipeline.config.schema import (
     Quantise,
     ReadyModelConfig,
 )
-from rlhf_pipeline.errors import UserError
+from rlhf_pipeline.errors import UserError, cannot_open
 from rlhf_pipeline.models import lora as adapters
 from rlhf_pipeline.models.scalar_head import TreeCritic, TreeScorer, draw_head, head_of
 from rlhf_pipeline.models.self_check import self_check
@@ -214,8 +214,8 @@ def _from_pretrained(
     quantised = adapters.quantisation(lora, TORCH_DTYPES[model.dtype], device)
     try:
         config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: cannot be opened as a {what}: {error}") from error
+    except Exception as error:
+        raise cannot_open(path, what, error) from error
     if lora is not None and getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model.path={path}: is quantised already; take the model it was made of, with lora=qlora")
     set_dropout(config, model.dropout)
@@ -262,12 +262,14 @@ def _opened(path: str, options: dict[str, Any], *, what: str) -> tuple[Any, list
                 raise
             # Families without scaled-dot-product attention say so here; their own attention takes the same mask.
             inner, report = _auto(what).from_pretrained(path, attn_implementation="eager", **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if "quantization_config" in options and isinstance(error, RuntimeError | ImportError):
+            raise  # the caller says it
         if "Unrecognized configuration class" in str(error):  # and then a list of all others
             raise UserError(
                 f"model.path={path}: transformers has no {what} of this family; use a model of another one"
             ) from error
-        raise UserError(f"model.path={path}: cannot be opened as a {what}: {error}") from error
+        raise cannot_open(path, what, error) from error
     return inner, sorted(report["missing_keys"])
 
 

@@ -58,8 +58,8 @@ def main(config: GenerateConfig) -> None:
     process = runtime.start(config.runtime)
     _check_places(config)
     scoring.check_sources(config.rewards)
+    identity = content_hash(config.model)  # of an artifact it checks every file, so before any is opened
     renderer = open_renderer(config.model, config.tokenizer)
-    identity = content_hash(config.model)
     model = open_model(config.model, renderer.tokenizer, process.device)
     prompts = read_prompts(config.prompts, renderer, context=context_of(model))
     job = Job(
@@ -135,10 +135,10 @@ def _to_file(job: Job, process: runtime.Runtime) -> None:
         meter.message(f"{len(done)} of {len(every)} answers are there already")
     if missing:
         file = responses.partial_file(run.folder, runtime.rank())
-        for batch in answers(job, own, meter):
-            responses.append(file, batch)
+        with runtime.at_own_pace():
+            for batch in answers(job, own, meter):
+                responses.append(file, batch)
         _tell_counts(job, meter)
-    runtime.barrier()
     with runtime.main_first():
         rows = responses.merge(run.folder, output) if runtime.is_main() else []
         if rows and config.best_of > 1:

@@ -35,7 +35,7 @@ from rlhf_pipeline.evaluation.answering import held_out_policies
 from rlhf_pipeline.evaluation.implicit import context_of
 from rlhf_pipeline.evaluation.judged import Judged, open_judged
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts
-from rlhf_pipeline.fit import Schedule, Stopped, last_evaluation
+from rlhf_pipeline.fit import Schedule, Stopped, is_handed_over, last_evaluation
 from rlhf_pipeline.generation.prompt_sets import PromptSet, prompt_sets
 from rlhf_pipeline.generation.prompts import Asked
 from rlhf_pipeline.ppo import updates
@@ -237,7 +237,7 @@ def _train(
 
     if done == 0 and schedule.evaluation.before:
         evaluated(0)
-    if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
+    if done >= schedule.num_steps and not is_handed_over(run):
         epoch = loop.order.place(done - 1)[0] + 1
         _hand_over(loop, [run.epoch_artifact(epoch), run.artifact], done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:

@@ -24,7 +24,7 @@ from rlhf_pipeline.data.progress import terminal_progress
 from rlhf_pipeline.data.prompts import Renderer
 from rlhf_pipeline.data.report import Report, run_report, set_report, to_json
 from rlhf_pipeline.data.store import TreeDataset
-from rlhf_pipeline.data.tokenizer import open_tokenizer
+from rlhf_pipeline.data.tokenizer import open_renderer
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import write_json
 from rlhf_pipeline.run import refuse_another
@@ -89,7 +89,7 @@ def _any_data(config: PrepConfig) -> None:
     data = dataclasses.replace(config.data, on_bad_row=OnBadRow.skip)
     unit = "tokens"
     if config.tokenizer.path is not None:
-        renderer = Renderer(open_tokenizer(config.tokenizer.path, config.tokenizer))
+        renderer = open_renderer(config.tokenizer.path, config.tokenizer)
     else:
         unit = "characters"
         renderer = cast(Renderer, PlainText())  # it has what `encode` asks for

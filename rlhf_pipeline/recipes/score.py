@@ -56,11 +56,11 @@ def main(config: ScoreConfig) -> None:
         rewards = _rewards(config, model, trees, meter)
 
         # 5 The rows with their rewards
-        if runtime.is_main():
-            lines = _lines(answers, rewards)
-            where = _write(config, run, lines, inputs_of(model, answers))
-            meter.message(f"{where}{summary(answers.rows, rewards, meter.seconds)}")
-        runtime.barrier()
+        with runtime.main_first():
+            if runtime.is_main():
+                lines = _lines(answers, rewards)
+                where = _write(config, run, lines, inputs_of(model, answers))
+                meter.message(f"{where}{summary(answers.rows, rewards, meter.seconds)}")
     except KeyboardInterrupt:
         if runtime.is_main():
             sys.stderr.write("\nstopped; nothing has been written\n")
@@ -125,11 +125,12 @@ def _rewards(config: ScoreConfig, model: RewardModel, trees: dict[int, Tree], me
         meter.tick(tokens)
 
     own: Any
-    try:
-        found = score(model, mine, batch_tokens=config.batch_tokens, normalised=config.normalised, tick=tick)
-        own = {tree.index: rewards for tree, rewards in zip(mine, found, strict=True)}
-    except UserError as error:  # all processes must come to the gathering, and all of them end
-        own = error
+    with runtime.at_own_pace():
+        try:
+            found = score(model, mine, batch_tokens=config.batch_tokens, normalised=config.normalised, tick=tick)
+            own = {tree.index: rewards for tree, rewards in zip(mine, found, strict=True)}
+        except UserError as error:  # all processes must come to the gathering, and all of them end
+            own = error
     parts: list[Any] = [own]
     if runtime.world_size() > 1:
         import torch.distributed as dist

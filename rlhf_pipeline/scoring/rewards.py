@@ -62,10 +62,11 @@ def open_scorer(model: ReadyModelConfig, tokenizer: TokenizerConfig, device: str
         UserError: for anything else, saying what it is; for another tokenizer or template than an artifact's own.
     """
     assert model.path is not None, "the config check lets no such config pass"
+    # Checked before its tokenizer is opened, which says of a file that is missing or damaged whatever it comes across.
+    manifest = artifact.load(model.path, kind=Kind.reward_model) if artifact.is_artifact(model.path) else None
     renderer = open_renderer(model, tokenizer)
     shift, scale = 0.0, 1.0
-    if artifact.is_artifact(model.path):
-        manifest = artifact.load(model.path, kind=Kind.reward_model)
+    if manifest is not None:
         trained_with = (manifest.tokenizer_hash, manifest.template_hash)
         if (tokenizer.path or tokenizer.template) and trained_with != (renderer.tokenizer_hash, renderer.template_hash):
             raise UserError(

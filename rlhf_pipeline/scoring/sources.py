@@ -128,15 +128,16 @@ def score(
     size = len(episodes)
     table = np.zeros((len(sources), size + len(COUNTS)))
     failure = ""
-    try:
-        for row, source in zip(table, sources.values(), strict=True):
-            own: Counter[str] = Counter()
-            row[runtime.rank() : size : runtime.world_size()] = source.score(
-                episodes[runtime.rank() :: runtime.world_size()], own
-            )
-            row[size:] = [own[name] for name in COUNTS]
-    except UserError as error:  # all processes must come to the gathering, and all of them end
-        failure = str(error)
+    with runtime.at_own_pace():  # a server may make one of them wait
+        try:
+            for row, source in zip(table, sources.values(), strict=True):
+                own: Counter[str] = Counter()
+                row[runtime.rank() : size : runtime.world_size()] = source.score(
+                    episodes[runtime.rank() :: runtime.world_size()], own
+                )
+                row[size:] = [own[name] for name in COUNTS]
+        except UserError as error:  # all processes must come to the gathering, and all of them end
+            failure = str(error)
     _fail_together(failure)
     table = runtime.sum_array_over_ranks(table)
     if counts is not None:

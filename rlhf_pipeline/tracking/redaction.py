@@ -87,10 +87,14 @@ def redact(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def redact_text(text: str) -> str:
     """`text` with whatever looks like a credential, and the value of every `secret_key=value`, as `***`."""
+    return _ASSIGNMENT.sub(_mask_assignment, redact_credentials(text))
+
+
+def redact_credentials(text: str) -> str:
+    """`text` with whatever looks like a credential as `***`; for messages that speak of keys and values themselves."""
     for pattern, replacement in _WITH_PREFIX:
         text = pattern.sub(replacement, text)
-    text = _CREDENTIAL.sub(MASK, text)
-    return _ASSIGNMENT.sub(_mask_assignment, text)
+    return _CREDENTIAL.sub(MASK, text)
 
 
 def _mask_assignment(match: re.Match[str]) -> str:

@@ -181,10 +181,39 @@ def test_recipes_user_error_is_a_message(
     assert left.value.code == 2 and capsys.readouterr().err == "the folder is full; make room\n"
 
 
-def test_recipes_bug_keeps_its_traceback(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_bug_is_a_message_of_its_own(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def main(config: SftConfig) -> None:
-        raise ZeroDivisionError("a bug")
+        raise ZeroDivisionError("a bug with hf_abcdefghijklmnopqrstuvwxyz")
 
     monkeypatch.setattr(sys.modules["rlhf_pipeline.recipes.sft"], "main", main)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
+    with pytest.raises(SystemExit) as left:
         recipe()
+    told = capsys.readouterr().err
+    assert left.value.code == 1
+    begins = (
+        "rlhf sft: something went wrong that should not have: ZeroDivisionError: a bug with *** (rlhf_pipeline/hydra_"
+    )
+    assert told.startswith(begins) and "RLHF_TRACEBACK=1" in told and "Traceback" not in told
+    monkeypatch.setenv("RLHF_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        recipe()
+    traced = capsys.readouterr().err
+    assert traced.startswith("Traceback (most recent call last)") and traced.endswith(told)
+    assert "hf_abc" not in traced
+
+
+def test_recipes_user_error_shows_its_traceback_where_asked(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(config: SftConfig) -> None:
+        raise UserError("the folder is full; make room")
+
+    monkeypatch.setattr(sys.modules["rlhf_pipeline.recipes.sft"], "main", main)
+    monkeypatch.setenv("RLHF_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as left:
+        recipe()
+    told = capsys.readouterr().err
+    assert left.value.code == 2
+    assert told.startswith("Traceback (most recent") and told.endswith("\nthe folder is full; make room\n")

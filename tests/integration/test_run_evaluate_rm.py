@@ -18,6 +18,7 @@ from helpers_scoring import make_reward_model, plain_reward, plain_tokens
 from rlhf_pipeline.data.lab.judge import judge
 from rlhf_pipeline.data.lab.labelers import LABELERS
 from rlhf_pipeline.data.lab.sets import rows as lab_rows
+from rlhf_pipeline.files import sealed
 
 RM = ["evaluate", "kind=rm", "runtime.threads=1"]
 REAL = os.environ.get("RLHF_TEST_DATA")
@@ -221,7 +222,7 @@ def test_mistakes(
         shutil.copytree(folder / "runs/two/sft/artifact", artifact)
         manifest = json.loads((artifact / "artifact.json").read_text())
         manifest["parents"]["model"]["path"] = f"runs/{parent}/sft/artifact"
-        (artifact / "artifact.json").write_text(json.dumps(manifest))
+        (artifact / "artifact.json").write_text(json.dumps(sealed(manifest)))
     if "other" in " ".join(others):
         make_base(tmp_path / "other")
         tokens = json.loads((tmp_path / "other/tokenizer.json").read_text())

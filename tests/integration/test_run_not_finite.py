@@ -71,7 +71,7 @@ def test_an_earlier_state_stays(folder: Path, base: Path, rlhf: Forks) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from rlhf_pipeline.files import sha256
+    from rlhf_pipeline.files import sealed, sha256
 
     command = [*TRAIN, f"model.path={base}", "optim.lr=1e-3"]
     rlhf.run(folder, *command, "name=healthy", "train.stop_after=2")
@@ -84,7 +84,7 @@ def test_an_earlier_state_stays(folder: Path, base: Path, rlhf: Forks) -> None:
     save_file(tensors, newest / "rank_00000.safetensors")
     state = json.loads((newest / "state.json").read_text())
     state["files"]["rank_00000.safetensors"] = sha256(newest / "rank_00000.safetensors")
-    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "state.json").write_text(json.dumps(sealed(state)))
     before = state_bytes(run)
     job = rlhf.run(folder, *command, "name=breaks", code=2)
     assert "step 3: the loss is not finite (nan)" in job.output and job.output.count("train.jsonl:") == 6

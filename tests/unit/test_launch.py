@@ -36,7 +36,7 @@ def save_and_leave(number, frame):
 
 
 def wait_for_a_signal(then):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, save_and_leave)
     ready()
     while not signals:
@@ -187,7 +187,7 @@ def launcher(ranks: Any, tmp_path: Path) -> Iterator[Callable[..., subprocess.Po
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_signal_is_passed_on_and_all_are_waited_for(launcher: Any, tmp_path: Path, number: int, code: int) -> None:
     process = launcher("wait_for_a_signal(then=None)")
     process.send_signal(number)
@@ -227,42 +227,11 @@ def test_nohup(launcher: Any, tmp_path: Path) -> None:
 def test_mistake_is_told_once_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "_run", lambda commands: pytest.fail("started"))
+    monkeypatch.setattr(launch, "run", lambda parts: pytest.fail("started"))
     assert start(2, "sft", "optim.lrr=1") == 2
     assert capsys.readouterr().err.count("did you mean optim.lr?") == 1
     assert start(2, "stf") == 2
     assert "there is no such stage (did you mean sft?)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("hostfile", "num_processes", "expected"),
-    [("nowhere", 1, "--hostfile nowhere: there is no such file"), ("hosts", 2, "--num-processes: the slots of")],
-)
-def test_hostfile_that_cannot_be_followed(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    hostfile: str,
-    num_processes: int,
-    expected: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hosts").write_text("localhost slots=2\n")
-    assert launch.launch(["sft"], num_processes=num_processes, hostfile=hostfile, master_port=None) == 2
-    assert capsys.readouterr().err.startswith(expected)
-
-
-def test_hostfile_goes_to_deepspeeds_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "hosts").write_text("localhost slots=2\n")
-    lines: list[list[str]] = []
-    monkeypatch.setattr(hydra_bridge, "preflight", lambda stage, args: None)
-    monkeypatch.setattr(launch, "_run", lambda commands: lines.extend(line for line, _ in commands) or 0)
-    hosts = str(tmp_path / "hosts")
-    assert launch.launch(["sft", "seed=1"], num_processes=1, hostfile=hosts, master_port=1234) == 0
-    [[program, *arguments]] = lines
-    assert Path(program).name == "deepspeed"
-    expected = ["--hostfile", hosts, "--master_port", "1234", "--module", "rlhf_pipeline", "sft", "seed=1"]
-    assert arguments == expected
 
 
 def test_command_line_reaches_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +249,7 @@ def test_command_line_reaches_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "launch", remember)
     run = CliRunner().invoke(app, ["launch", "--num-processes", "2", "sft", "-m", "seed=1,2", "--cfg", "job"])
     assert run.exit_code == 7
-    options = {"num_processes": 2, "hostfile": None, "master_port": None}
+    options = {"num_processes": 2, "hostfile": None, "master_port": None, "master_addr": None}
     assert calls == [(["sft", "-m", "seed=1,2", "--cfg", "job"], options)]
 
 

@@ -23,3 +23,13 @@ def test_the_first_signal_is_noted_and_the_second_does_not_wait(monkeypatch: pyt
     with pytest.raises(SystemExit) as left:
         stop(signal.SIGINT, None)
     assert left.value.code == 143
+
+
+def test_batch_systems_announce_the_end_of_a_job_by_other_signals_too() -> None:
+    stop = StopRequest()
+    stop(signal.SIGUSR1, None)
+    assert stop.exit_code == 143
+    previous = signal.getsignal(signal.SIGUSR1)
+    with runtime.stopping_on_signals(stop := StopRequest()):
+        signal.raise_signal(signal.SIGUSR1)
+    assert stop.exit_code == 143 and signal.getsignal(signal.SIGUSR1) == previous
