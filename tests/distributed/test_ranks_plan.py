@@ -69,7 +69,7 @@ SLOW = [
     *(Case(stage=stage) for stage in (1, 2, 3)),
     *(Case(stage=stage, dtype=Dtype.bfloat16, offload=True) for stage in (2, 3)),
 ]
-CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+CASES = [pytest.param(case, marks=pytest.mark.slow) for case in (*QUICK, *SLOW)]
 
 
 def count_all(file: Path, cases: list[Case]) -> None:

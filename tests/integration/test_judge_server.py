@@ -73,6 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, s
         server.process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_real_server(served: tuple[Server, str], tmp_path: Path) -> None:
     server, model = served
     told: list[str] = []
@@ -94,6 +95,7 @@ def test_a_real_server(served: tuple[Server, str], tmp_path: Path) -> None:
     assert told[-1] == f"chat: 0 requests to {server.url}, 8 answers are in {judge.file}"
 
 
+@pytest.mark.slow
 def test_a_model_that_the_real_server_does_not_have(served: tuple[Server, str], tmp_path: Path) -> None:
     server, _ = served
     with pytest.raises(UserError, match=rf"^judge.chat.url={server.url}/chat/completions: it answered \d"):
@@ -103,6 +105,7 @@ def test_a_model_that_the_real_server_does_not_have(served: tuple[Server, str], 
 # Killed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     """Answers that came before the kill are not asked for again; only requests on their way may be."""
     all_wait, hold = threading.Event(), threading.Event()

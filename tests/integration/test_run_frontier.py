@@ -73,6 +73,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 # What a run keeps
 
 
+@pytest.mark.slow
 def test_ppo_keeps_its_average_on_the_way(folder: Path, ppo: Path, rlhf: Forks) -> None:
     """What is kept of the second iteration is what a run of two hands over, to the byte: the average."""
     from safetensors.torch import load_file
@@ -95,6 +96,7 @@ def test_ppo_keeps_its_average_on_the_way(folder: Path, ppo: Path, rlhf: Forks) 
     assert len({artifact.load(one, kind=Kind.policy).content_hash for one in [early, *same]}) == 2
 
 
+@pytest.mark.slow
 def test_fine_tuning_killed_between_an_artifact_and_its_state(folder: Path, rlhf: Forks) -> None:
     """Six steps in two epochs. Killed when step_4 is there and the state of step 4 is not: it is made again, the same."""
     listed = rlhf.start(folder, *SFT, "name=whole", "model.path=policy", crash=0).wait()

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from helpers_runs import SFT_ON_FILES, TINY_RUN, Forks, dialogues, write_jsonl
 
 RUN = [
@@ -14,6 +15,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 def test_plan_and_run_have_the_same_model_and_config(rlhf: Forks, base: Path, tmp_path: Path) -> None:
     """The plan reads the folder's config.json and no data; then the run with the same arguments finds nothing of it."""
     arguments = [f"model.path={base}", *RUN]

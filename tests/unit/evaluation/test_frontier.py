@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import FORMAT
 from rlhf_pipeline.config.frontier import FrontierConfig
 from rlhf_pipeline.config.stages import EvaluateConfig
@@ -22,7 +23,7 @@ from rlhf_pipeline.evaluation import frontier
 from rlhf_pipeline.evaluation.divergence import Divergence
 from rlhf_pipeline.evaluation.diversity import Diversity
 from rlhf_pipeline.evaluation.frontier import Checkpoint, axes, checkpoints, chosen, of_best, of_checkpoint
-from rlhf_pipeline.files import write_json
+from rlhf_pipeline.files import sha256, write_json
 
 SPREAD = Diversity(
     answers=4, tokens=3.0, characters=9.0, finished=0.75, distinct_1=0.5, distinct_2=0.25, distinct_3=None,
@@ -40,9 +41,12 @@ COLUMNS = [
 def make_artifact(
     folder: Path, content: str, *, step: int = 0, stage: str = "ppo", kind: str = "policy", **more: Any
 ) -> Path:
-    """One of no files, whose parent is the folder `sft`."""
+    """One of a single file with this content, whose parent is the folder `sft`."""
+    folder.mkdir(parents=True)
+    (folder / "content.txt").write_text(content)
+    files = {"content.txt": sha256(folder / "content.txt")}
     unknown = ("git_revision", "reward_shift", "reward_scale", "reward_log_tie")
-    empty = ("special_ids", "data", "metrics", "versions", "files")
+    empty = ("special_ids", "data", "metrics", "versions")
     hashes = dict.fromkeys(("template_hash", "tokenizer_hash"), "h")
     manifest = {
         **dict.fromkeys(unknown),
@@ -54,11 +58,11 @@ def make_artifact(
         "vocab_size": 9,
         "config": {},
         "parents": {"model": {"path": "sft", "content_hash": None, **hashes}},
-        "content_hash": content,
+        "files": files,
+        "content_hash": artifact._content_hash(files),
         "format": FORMAT,
         **more,
     }
-    folder.mkdir(parents=True)
     write_json(folder / "artifact.json", manifest)
     return folder
 
