@@ -99,7 +99,7 @@ def launch(
     num_processes: Annotated[int, typer.Option(help="Processes on this machine, one a GPU.", min=1)] = 1,
     hostfile: Annotated[str | None, typer.Option(help="Machines to run on by ssh; lines: <host> slots=<GPUs>.")] = None,
     master_port: Annotated[int | None, typer.Option(help="A free port is found when this is left out.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="The first host's address, if not its name in the file.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="First host's address, if not its name in the file.")] = None,
 ) -> None:
     """Run a stage in several processes."""
     from rlhf_pipeline.launch import launch as start

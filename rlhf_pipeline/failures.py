@@ -86,7 +86,10 @@ def _told(error: BaseException, stage: str) -> tuple[int, str]:
         return 1, f"{here}: whatever read the output has gone away"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:  # a write does not say to which file
         place = _path(error.filename or "a file")
-        return 2, f"{here}: {place}: {TOO_LARGE}. What was saved is intact; raise that limit and run the same command again."
+        return (
+            2,
+            f"{here}: {place}: {TOO_LARGE}. What was saved is intact; raise that limit and run the same command again.",
+        )
     if isinstance(error, OSError) and error.filename is not None:
         reason = os.strerror(error.errno) if error.errno else str(error)
         return 1, (

@@ -154,11 +154,12 @@ def _drawn(
         batch_tokens=options.batch_tokens,
     )
     own: Any
-    try:
-        batches = completions(model, questions, plain, end_ids=renderer.end_ids, pad_id=renderer.eos_id, seed=seed)
-        own = [one for batch in batches for one in batch]
-    except UserError as error:  # all processes must come to the gathering, and all of them end
-        own = error
+    with runtime.at_own_pace():
+        try:
+            batches = completions(model, questions, plain, end_ids=renderer.end_ids, pad_id=renderer.eos_id, seed=seed)
+            own = [one for batch in batches for one in batch]
+        except UserError as error:  # all processes must come to the gathering, and all of them end
+            own = error
     parts = _gathered(own)
     for part in parts:
         if isinstance(part, UserError):

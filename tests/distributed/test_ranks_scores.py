@@ -38,15 +38,16 @@ def fails_everywhere(episodes):
 PROCESS = """
 import json, sys
 from collections import Counter
-import torch.distributed as dist
 import programs_here
+from rlhf_pipeline import runtime
 from rlhf_pipeline.config.ppo import ScorerConfig
+from rlhf_pipeline.config.schema import Device, RuntimeConfig
 from rlhf_pipeline.data.records import Message
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.scoring.episodes import Episode
 from rlhf_pipeline.scoring.sources import open_sources, score
 
-dist.init_process_group("gloo")
+runtime.join_process_group(runtime.start(RuntimeConfig(device=Device.cpu, threads=1)), timeout_minutes=1)
 told = {}
 for name, programs, count in json.loads(sys.argv[1]):
     sources = open_sources({p: ScorerConfig(program=f"programs_here:{p}") for p in programs}, device="cpu")
@@ -66,7 +67,6 @@ for name, programs, count in json.loads(sys.argv[1]):
         score({"c": dataclasses.replace(source, run=run)}, episodes, counts=counts)
         told["counts"] = dict(counts)
 print(json.dumps(told))
-dist.destroy_process_group()
 """
 CASES = [
     ("several", ["length", "half"], 7),

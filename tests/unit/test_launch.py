@@ -94,7 +94,9 @@ def is_gone(pid: int) -> bool:
 
 def test_every_rank_knows_its_place(ranks: Any) -> None:
     folder = ranks("ready()")
+    before = dict(os.environ)
     assert start(3, "sft", "name=big", "-m") == 0
+    assert dict(os.environ) == before
     for rank in range(3):
         found = given(folder, rank)
         assert (found["RANK"], found["LOCAL_RANK"]) == (str(rank), str(rank))

@@ -12,42 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_hosts import fake_slurm
 from helpers_runs import NO_PLACE, wait_for
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/slurm"
 
-# Starts the job's tasks with Slurm's variables and gives the highest exit code, as srun does. SIGTERM to srun itself would
-# kill the tasks; the batch system signals them, here by the process ids that they leave.
-SRUN = """#!/bin/bash
-here=$(dirname "$0"); options=()
-while [[ $1 == --* ]]; do options+=("$1"); shift; done
-echo "${options[*]}" > "$here/srun_options"
-per_node=$SLURM_NTASKS_PER_NODE; pids=()
-for (( i = 0; i < SLURM_NTASKS; i++ )); do
-    SLURM_PROCID=$i SLURM_LOCALID=$(( i % per_node )) SLURM_NODEID=$(( i / per_node )) "$@" &
-    pids+=($!)
-done
-highest=0
-for pid in "${pids[@]}"; do
-    wait "$pid"; code=$?
-    (( code > highest )) && highest=$code
-done
-exit $highest
-"""
-SCONTROL = """#!/bin/bash
-here=$(dirname "$0")
-case "$1 $2" in
-    "show hostnames") [[ $3 == "node[1-2]" ]] && printf 'node1\\nnode2\\n';;
-    "requeue "*) echo "$2" >> "$here/requeued"; [[ ! -e $here/refuses ]];;
-    *) exit 9;;
-esac
-"""
-SBATCH = """#!/bin/bash
-here=$(dirname "$0")
-number=$(( 100 + $(cat "$here/submitted" 2> /dev/null | wc -l) ))
-printf '%s\\n' "$number $(printf '%q ' "$@")" >> "$here/submitted"
-echo "$number;cluster"
-"""
 # Instead of rlhf: writes what it was given, and ends as the test says.
 RLHF = """#!/bin/bash
 names="RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
@@ -60,11 +29,7 @@ echo $$ > "$HERE/pid_$RANK"; mv "$HERE/part_$RANK" "$HERE/rank_$RANK"
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the commands, first on the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
+    folder = fake_slurm(tmp_path / "bin", hosts=("node1", "node2"))
     for name in NO_PLACE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
