@@ -54,8 +54,8 @@ def check_direct(config: DpoConfig) -> Iterator[str]:
         has_none = f"objective={objective.name.value} has no reference"
         lacking = has_none if config.sampled.prompts else "sampled.prompts=0 asks for no answers"
         yield (
-            f"judge: compares held-out answers with the reference's, and {lacking}; leave it out, and judge the artifact with "
-            "rlhf evaluate kind=winrate"
+            f"judge: compares held-out answers with the reference's, and {lacking}; leave it out, and judge the artifact "
+            "with rlhf evaluate kind=winrate"
         )
 
 

@@ -26,7 +26,9 @@ class ChatJudgeConfig:
     temperature: float = 0.0
     max_tokens: int = 512  # of a verdict with its reason
     seed: int | None = 0  # null: none is sent
-    api_key_env: str = operational("OPENAI_API_KEY")  # the environment variable that holds the key; none is sent without it
+    api_key_env: str = operational(
+        "OPENAI_API_KEY"
+    )  # the environment variable that holds the key; none is sent without it
     timeout: float = operational(60.0)  # seconds to connect, and then without a byte of the answer
     retries: int = operational(5)  # after the first try
     concurrency: int = operational(8)  # requests at once

@@ -18,9 +18,7 @@ from rlhf_pipeline.judging.pairs import Judge, Pair, Ruling, rule
 Judged = Callable[[Sequence[Pair]], dict[str, float]]  # figures by metric, the same on every rank; every rank calls it
 
 
-def open_judged(
-    config: JudgeConfig | None, *, device: str, seed: int, tell: Callable[[str], None]
-) -> Judged | None:
+def open_judged(config: JudgeConfig | None, *, device: str, seed: int, tell: Callable[[str], None]) -> Judged | None:
     """What the config's judge says, None where there is none. Called by every rank; the first one opens it.
 
     Raises:

@@ -94,15 +94,19 @@ class HeldOutPrompts:
             reference = self.reference.logprobs(mine.rollout.trees)
         tracker.samples(step, self._shown(mine, theirs))
         verdicts = {} if self.judge is None or theirs is None else self.judge(self._pairs(mine, theirs))
-        return verdicts | distinctness(mine.rollout.texts) | measure(
-            mine.scores,
-            mine.total,
-            None if theirs is None else theirs.total,
-            logprobs=logprobs,
-            reference=reference,
-            mask=mine.rollout.mask,
-            finished=mine.rollout.finished,
-            seed=self.seed,
+        return (
+            verdicts
+            | distinctness(mine.rollout.texts)
+            | measure(
+                mine.scores,
+                mine.total,
+                None if theirs is None else theirs.total,
+                logprobs=logprobs,
+                reference=reference,
+                mask=mine.rollout.mask,
+                finished=mine.rollout.finished,
+                seed=self.seed,
+            )
         )
 
     def _answered(self, who: Policy) -> _Scored:

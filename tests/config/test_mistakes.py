@@ -187,7 +187,11 @@ WITHOUT_TRAINING = [
     ("evaluate", ["kind=winrate", "+systems.b=m", "baseline=c"], "baseline=c: is none of the systems, which are a, b"),
     ("evaluate", ["kind=winrate", "+systems.b=m", "judge=chat"], "judge.chat.url: has no value"),
     ("evaluate", ["kind=winrate", "+systems.b=m", "judge=reward_model"], "judge.model.path: has no value"),
-    ("evaluate", ["kind=winrate", "+systems.b=m", "temperatures=[1]"], "temperatures: is for kind=winrate with a basel"),
+    (
+        "evaluate",
+        ["kind=winrate", "+systems.b=m", "temperatures=[1]"],
+        "temperatures: is for kind=winrate with a basel",
+    ),
     (
         "evaluate",
         ["kind=winrate", "+systems.b=b.jsonl", "baseline=a", "temperatures=[1]"],
