@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RLHF := $(BIN)/rlhf
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help setup demo recipe test test-full lint types bench bench-sft bench-rm bench-ppo bench-dpo bench-data bench-generation golden clean
+.PHONY: help setup demo recipe test test-full lint types bench bench-sft bench-rm bench-ppo bench-dpo bench-data bench-generation golden faults clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -125,6 +125,11 @@ bench-generation: setup ## sampling beside transformers' generate
 
 golden: setup ## write the golden curves anew; say why in the commit
 	$(BIN)/python -m pytest tests/golden --write-golden
+
+NUMBER ?= 250
+SEED ?= 1
+faults: setup ## hurt every command in NUMBER ways drawn from SEED, and print what became of it; about half an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults --number $(NUMBER) --seed $(SEED)
 
 clean: ## remove the demo's runs
 	rm -rf runs/demo

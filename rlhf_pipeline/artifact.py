@@ -167,7 +167,9 @@ def load(path: str | Path, *, kind: Kind | tuple[Kind, ...]) -> Manifest:
     if raw["content_hash"] != _content_hash(raw["files"]):  # or none could be asked for by leaving it out
         raise UserError(f"{folder / MANIFEST}: its content_hash is not that of its files; {again}")
     if not intact:
-        raise UserError(f"{folder}: {MANIFEST} is damaged (its checksum differs); copy it afresh, or run the stage again")
+        raise UserError(
+            f"{folder}: {MANIFEST} is damaged (its checksum differs); copy it afresh, or run the stage again"
+        )
     parents = {name: Parent(**parent) for name, parent in raw.pop("parents").items()}
     known = {one.name for one in fields(Manifest)}
     return Manifest(**{**{k: v for k, v in raw.items() if k in known}, "kind": Kind(raw["kind"]), "parents": parents})

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline import resume, runtime
+from rlhf_pipeline import artifact, resume, runtime
 from rlhf_pipeline.config.schema import CheckpointConfig, EvaluationConfig, OptimConfig, TrackingConfig
 from rlhf_pipeline.config.stages import StageConfig
 from rlhf_pipeline.data.packing import PackedTrees
@@ -140,7 +140,7 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
     metrics = last_evaluation(run)
     if done == 0 and schedule.evaluation.before:
         tracker.log(0, evaluate(0))
-    if done >= schedule.num_steps and not runtime.max_over_ranks({"there": float(run.artifact.is_dir())})["there"]:
+    if done >= schedule.num_steps and not is_handed_over(run):
         epoch = batches(schedule.num_steps - 1).epoch + 1
         save_artifact([run.epoch_artifact(epoch), run.artifact], done, metrics)  # paused there, and now cut short
     while done < schedule.num_steps:
@@ -175,6 +175,13 @@ def fit(  # noqa: PLR0913 - each is a noun of the loop, and named
             meter.restart()
         if paused and not last:
             raise Stopped(leaving)
+
+
+def is_handed_over(run: Run) -> bool:
+    """Whether the run's artifact is there and whole. Called by every rank; the first one looks."""
+    with runtime.at_own_pace():  # it reads all of it
+        there = runtime.is_main() and artifact.is_whole(run.artifact)
+    return bool(runtime.max_over_ranks({"there": float(there)})["there"])
 
 
 def last_evaluation(run: Run) -> dict[str, float]:

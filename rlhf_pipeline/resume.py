@@ -12,6 +12,7 @@ seed, step and example. Never a pickle.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from rlhf_pipeline import runtime
 from rlhf_pipeline.engine import Engine, Slice
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.files import disk_errors, publish, sha256, sync, write_json
+from rlhf_pipeline.files import disk_errors, is_intact, publish, read_small, sealed, sha256, sync, write_json
 
 FORMAT = 2
 NOTHING: Mapping[str, Sequence[Slice]] = {}
@@ -70,24 +71,26 @@ def save(
                 partial.mkdir(parents=True)
     name = f"rank_{runtime.rank():05d}.safetensors"
     failure, digest = "", ""
-    try:
-        with disk_errors(f"the state of step {step}", partial, kept=kept):
-            _write_slices(partial / name, _owned(engines, extra))
-            digest = sha256(partial / name)
-    except UserError as error:
-        failure = str(error)
-    reports = _gather({"file": name, "sha256": digest, "failure": failure})
-    if runtime.is_main() and not any(r["failure"] for r in reports):
+    with runtime.at_own_pace():
         try:
             with disk_errors(f"the state of step {step}", partial, kept=kept):
-                files = {r["file"]: r["sha256"] for r in reports}
-                counts = {"step": step, "updates": {name: engine.updates for name, engine in engines.items()}}
-                content = {**meta, **layout(engines), **counts, "format": FORMAT, "files": files}
-                write_json(partial / "state.json", content)
-                publish(partial, final)
-                _prune(run_dir, step, keep)
+                _write_slices(partial / name, _owned(engines, extra))
+                digest = sha256(partial / name)
         except UserError as error:
-            reports.append({"failure": str(error)})
+            failure = str(error)
+    reports = _gather({"file": name, "sha256": digest, "failure": failure})
+    with runtime.at_own_pace():
+        if runtime.is_main() and not any(r["failure"] for r in reports):
+            try:
+                with disk_errors(f"the state of step {step}", partial, kept=kept):
+                    files = {r["file"]: r["sha256"] for r in reports}
+                    counts = {"step": step, "updates": {name: engine.updates for name, engine in engines.items()}}
+                    content = {**meta, **layout(engines), **counts, "format": FORMAT, "files": files}
+                    write_json(partial / "state.json", sealed(content))
+                    publish(partial, final)
+                    _prune(run_dir, step, keep)
+            except UserError as error:
+                reports.append({"failure": str(error)})
     failures = [r["failure"] for r in _gather({"failure": next((r["failure"] for r in reports if r["failure"]), "")})]
     if any(failures):
         if runtime.is_main():
@@ -107,15 +110,19 @@ def find(run_dir: Path) -> tuple[State | None, list[str]]:
     for step in reversed(_steps(run_dir)):
         folder = _folder(run_dir, step)
         try:
-            meta = json.loads((folder / "state.json").read_text())
+            meta = json.loads(read_small(folder / "state.json"))
             if meta["format"] != FORMAT:
                 warnings.append(
                     f"{folder}: was written by another version (its format is {meta['format']}, this version's {FORMAT}); "
                     "going back to the state before it"
                 )
                 continue
-            bad = [n for n, digest in meta["files"].items() if sha256(folder / n) != digest]
-        except (OSError, ValueError, KeyError) as error:
+            if not is_intact(meta):
+                raise ValueError("state.json")
+            # Of this folder and no other one, whatever it says.
+            strange = [n for n in meta["files"] if not re.fullmatch(r"rank_\d+\.safetensors", n)]
+            bad = strange or [n for n, digest in meta["files"].items() if sha256(folder / n) != digest]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             bad = [str(error)]
             meta = {}
         if not bad:

@@ -7,12 +7,14 @@ while it runs. Ends when stdin does, and kills the children that are left.
 `crash` is a number k: the child kills itself with SIGKILL just before the k-th change that it makes to the files below
 "runs" (opening for writing, renaming, linking, removing). The changes are listed in the log, so that k = 0 lists all.
 `full` is such a number, from which on the disk is full: nothing can be made there, but renamed and removed.
+INJECT in its environment names faults of faults/inject.py, which the child does to itself.
 """
 
 from __future__ import annotations
 
 import atexit
 import errno
+import importlib
 import json
 import os
 import signal
@@ -58,10 +60,12 @@ def _import_everything() -> None:
     import rlhf_pipeline.cli
     import rlhf_pipeline.recipes.dpo
     import rlhf_pipeline.recipes.evaluate
+    import rlhf_pipeline.recipes.generate
     import rlhf_pipeline.recipes.ppo
     import rlhf_pipeline.recipes.prep
     import rlhf_pipeline.recipes.pretrain
     import rlhf_pipeline.recipes.rm
+    import rlhf_pipeline.recipes.score
     import rlhf_pipeline.recipes.sft  # noqa: F401
     from rlhf_pipeline.engine import quiet_deepspeed
 
@@ -81,6 +85,8 @@ def _fork(request: dict[str, Any]) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in enumerate((nothing, log, log)):
             os.dup2(source, target)
+        if os.environ.get("INJECT"):
+            importlib.import_module("faults.inject").begin(os.environ["INJECT"])
         if request["crash"] is not None or request["full"] is not None:
             _watch_changes(request["crash"], request["full"])
         code = _command_line(request["run"])

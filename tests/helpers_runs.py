@@ -9,7 +9,9 @@ fresh interpreter or on the launcher uses `program` and `launched`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -18,8 +20,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,7 @@ class Forks:
             env={**environment, **ENVIRONMENT},
             start_new_session=True,
         )
+        self._asking = threading.Lock()
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -120,11 +124,17 @@ class Forks:
 
     def _ask(self, **request: Any) -> Any:
         assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
+        with self._asking:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            answer = self._server.stdout.readline()
         assert answer, "the fork server has ended"
         return json.loads(answer)
+
+    def poll(self, pid: int) -> int | None:
+        """The exit code of a process of a job, None while it runs."""
+        code: int | None = self._ask(poll=pid)
+        return code
 
     def start(
         self,
@@ -168,7 +178,7 @@ class Forks:
             until = time.monotonic() + timeout
             while None in codes.values():
                 for pid in [pid for pid, code in codes.items() if code is None]:
-                    codes[pid] = self._ask(poll=pid)
+                    codes[pid] = self.poll(pid)
                 if time.monotonic() > until:
                     for pid in [pid for pid, code in codes.items() if code is None]:
                         os.kill(pid, signal.SIGKILL)
@@ -406,5 +416,8 @@ def _free_port() -> int:
 def _new_log(folder: Path) -> Path:
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    numbers: Iterator[int] = iter(range(10_000))
-    return next(log for n in numbers if not (log := logs / f"{n}.log").exists() and log.touch() is None)
+    for number in itertools.count(len(list(logs.iterdir()))):
+        with contextlib.suppress(FileExistsError):  # of a run that was started at the same time
+            (logs / f"{number}.log").touch(exist_ok=False)
+            return logs / f"{number}.log"
+    raise AssertionError

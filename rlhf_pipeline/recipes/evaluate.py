@@ -39,6 +39,7 @@ def main(config: EvaluateConfig) -> None:
         EvaluationKind.rank: winrate,
         EvaluationKind.frontier: frontier,
     }
+    runtime.start(config.runtime)  # of several processes each, also those that then have nothing to do
     try:
         evaluate[config.kind](config)
     except KeyboardInterrupt:

@@ -87,7 +87,15 @@ def test_kill_9_is_not_seen_in_the_end(folder: Path, rlhf: Forks, case: str, sta
     shutil.rmtree(run.parent)
 
 
-MOVES = [((1, 1), (2, 2)), ((2, 2), (1, 3)), ((2, 3), (1, 1)), ((1, 3), (2, 0)), ((3, 1), (2, 3))]
+MOVES = [
+    ((1, 1), (2, 2)),
+    ((2, 2), (1, 3)),
+    ((2, 3), (1, 1)),
+    ((1, 3), (2, 0)),
+    ((3, 1), (2, 3)),
+    ((2, 1), (1, 3)),
+    ((1, 1), (2, 3)),
+]
 
 
 @pytest.mark.parametrize(
