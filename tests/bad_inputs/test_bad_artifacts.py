@@ -20,6 +20,7 @@ from rlhf_pipeline.artifact import MANIFEST, Kind
 from rlhf_pipeline.config.schema import ModelConfig, ReadyModelConfig, TokenizerConfig
 from rlhf_pipeline.data.chat_templates import load_template
 from rlhf_pipeline.errors import UserError, cannot_open
+from rlhf_pipeline.files import sealed
 from rlhf_pipeline.generation.load import content_hash, open_model, open_renderer
 from rlhf_pipeline.models.load import load_policy, open_reward_model
 
@@ -125,7 +126,12 @@ def test_manifest(case: str, refused: Refused, damaged: Damaged, policy: Path) -
 
 def test_manifest_with_what_came_later_is_read(damaged: Damaged, policy: Path) -> None:
     """Fields that this version does not know change nothing while the format is the same."""
-    assert artifact.load(damaged(policy, edit(MANIFEST, colour="red")), kind=Kind.policy).stage == "sft"
+
+    def grow(folder: Path) -> None:
+        file = folder / MANIFEST
+        file.write_text(json.dumps(sealed({**json.loads(file.read_text()), "colour": "red"})))
+
+    assert artifact.load(damaged(policy, grow), kind=Kind.policy).stage == "sft"
 
 
 @pytest.mark.parametrize("path", ["", "nowhere", "file", "file/below", "x" * 300])

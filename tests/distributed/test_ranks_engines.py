@@ -319,6 +319,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["updates"] == other["updates"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("case", **NAMED)
 def test_two_engines_are_as_each_alone(ranks: Ranks, case: Case, number: int) -> None:

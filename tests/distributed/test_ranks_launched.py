@@ -78,6 +78,7 @@ def end(job: Job, code: int, ranks: list[int]) -> None:
     assert not any(is_alive(rank) for rank in ranks)
 
 
+@pytest.mark.slow
 def test_signals_and_killed_ranks(folder: Path, base: Path, undisturbed: Path, started: list[Job]) -> None:
     """One run, disturbed four times: SIGTERM, SIGINT, SIGKILL to a rank, SIGKILL to all; it ends as the undisturbed."""
     command = [*SFT, f"model.path={base}", "name=disturbed"]

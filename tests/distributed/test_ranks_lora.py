@@ -81,7 +81,8 @@ def test_the_numbers_of_one_process(folder: Path, base: Path, rlhf: Forks, layou
     compare(run, one)
 
 
-@pytest.mark.parametrize("layout", [(2, 2), pytest.param((2, 3), marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(2, 2), (2, 3)])
 def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, layout: Layout) -> None:
     undisturbed, name = made(rlhf, folder, base, layout), f"killed_{layout[0]}_{layout[1]}"
     run, after = folder / f"runs/{name}/sft", random.SystemRandom().randint(1, STEPS - 3)
@@ -103,8 +104,10 @@ def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, la
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, 3), (1, 1)),
-        *(pytest.param(a, b, marks=SLOW) for a, b in [((2, 2), (2, 3)), ((1, 1), (2, 3)), ((3, 3), (2, 1))]),
+        *(
+            pytest.param(a, b, marks=SLOW)
+            for a, b in [((2, 3), (1, 1)), ((2, 2), (2, 3)), ((1, 1), (2, 3)), ((3, 3), (2, 1))]
+        ),
     ],
 )
 def test_another_layout_goes_on(folder: Path, base: Path, rlhf: Forks, before: Layout, after: Layout) -> None:

@@ -90,5 +90,6 @@ def everything(said: Path) -> None:
         case(said)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     in_ranks(everything, tmp_path / "said", ranks=2, folder=tmp_path)

@@ -15,7 +15,7 @@ BETA = 1.0
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["advantage.estimator=gae"],
+        pytest.param(["advantage.estimator=gae"], marks=pytest.mark.slow),
         pytest.param(["advantage.estimator=reinforce"], marks=pytest.mark.slow),
         pytest.param(["advantage.estimator=rloo"], marks=pytest.mark.slow),
         pytest.param(

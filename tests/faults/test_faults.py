@@ -19,10 +19,10 @@ from faults.plan import APPLIES, plan
 QUICK = [
     ("sft", 1, "kill -9"),
     ("sft", 1, "damaged artifact"),
-    ("sft", 2, "one rank killed"),
     ("ppo, served", 1, "dead server"),
 ]
 LONG = [
+    ("sft", 2, "one rank killed"),
     ("generate", 2, "one rank frozen"),
     *((next(iter(stages)), max(next(iter(stages.values()))), fault) for fault, stages in APPLIES.items()),
 ]

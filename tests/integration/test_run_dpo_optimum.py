@@ -79,7 +79,7 @@ CASES = {
     ),
 }
 
-SLOW = ("dpo_rmsprop", "plackett_luce", "rdpo", "cpo")
+SLOW = ("ipo", "dpo_rmsprop", "plackett_luce", "rdpo", "cpo")
 
 
 @pytest.fixture(scope="module")

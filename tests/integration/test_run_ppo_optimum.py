@@ -109,7 +109,9 @@ def said(table: np.ndarray) -> np.ndarray:
     return np.exp(RESPONSES.logprobs(table))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "grpo" else name for name in CASES]
+)
 def test_the_regularised_optimum_is_reached(rlhf: Forks, problem: Problem, name: str) -> None:
     """reference exp(score / beta) / Z, whatever estimates the advantages."""
     case = CASES[name]
@@ -137,6 +139,7 @@ def test_a_wrong_loop_misses_it(rlhf: Forks, problem: Problem, name: str) -> Non
     assert end > MISSED
 
 
+@pytest.mark.slow
 def test_grpo_as_published_comes_to_another_policy(rlhf: Forks, problem: Problem) -> None:
     """Standardised advantages and a k3 term: not the regularised optimum, see `published_grpo`."""
     start = problem.start()

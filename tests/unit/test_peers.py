@@ -80,7 +80,7 @@ def test_nobody_is_hurried(tmp_path: Path) -> None:
     assert [one(e).code for e in ended] == [0, 0]
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_one_is_killed(tmp_path: Path, lost: int) -> None:
     acts = [meets(kills_itself if rank == lost else goes_on) for rank in range(3)]
     ended = [one(e) for e in together(acts, folder=tmp_path, port=free_port())]
@@ -163,6 +163,7 @@ def test_the_port_is_taken(tmp_path: Path) -> None:
     assert "--master-port" in one(ended).said
 
 
+@pytest.mark.slow
 def test_somebody_else_listens_there_and_says_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
