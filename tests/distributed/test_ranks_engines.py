@@ -333,6 +333,7 @@ def test_two_engines_are_as_each_alone(ranks: Ranks, case: Case, number: int) ->
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("case", **NAMED)
+@pytest.mark.slow
 def test_two_engines_and_an_average_are_as_plain_loops(ranks: Ranks, case: Case, number: int) -> None:
     """bf16 rounds to 3 digits; equality is claimed for fp32 only."""
     found = ranks.found(number, case)["together"]

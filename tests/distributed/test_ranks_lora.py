@@ -73,6 +73,7 @@ def compare(run: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "layout", [(2, 3), *(pytest.param(one, marks=SLOW) for one in [(2, 0), (2, 1), (2, 2), (3, 3)])]
 )
+@pytest.mark.slow
 def test_the_numbers_of_one_process(folder: Path, base: Path, rlhf: Forks, layout: Layout) -> None:
     """Adapters begin alike on all ranks, and every one of them has a part in the sums."""
     one, run = made(rlhf, folder, base, (1, 1)), made(rlhf, folder, base, layout)

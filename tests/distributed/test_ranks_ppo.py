@@ -27,7 +27,7 @@ from helpers_runs import (
 
 SLOW = pytest.mark.slow
 PLACES = [(ranks, stage) for ranks in (1, 2) for stage in range(4)] + [(3, 1), (3, 3)]
-FAST = {("gae", (2, 3)), ("grpo", (2, 2))}
+FAST = {("grpo", (2, 2))}
 EVERY = [(case, place) for case in CASES for place in PLACES]
 LONGER = ["train.epochs=2", "train.max_steps=4", "checkpoint.every=2"]
 Layout = tuple[int, int]  # processes, ZeRO stage

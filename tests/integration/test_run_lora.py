@@ -97,6 +97,7 @@ def test_it_learns_and_says_what_is_trained(folder: Path, base: Path, rlhf: Fork
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.slow
 def test_every_zero_stage_trains_the_same(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     run, one = stage(rlhf, folder, base, zero), stage(rlhf, folder, base, 1)
     assert series(run, "train/loss")[0] == series(one, "train/loss")[0]
@@ -107,6 +108,7 @@ def test_every_zero_stage_trains_the_same(folder: Path, base: Path, rlhf: Forks,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     plain = trained(rlhf, folder, base, f"plain{zero}", "lora=default", "lora.rank=4", f"engine=zero{zero}")
     less = ["lora=default", "lora.rank=4", f"engine=zero{zero}", "model.gradient_checkpointing=true"]
@@ -119,6 +121,7 @@ def test_gradient_checkpointing_changes_nothing(folder: Path, base: Path, rlhf: 
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_a_state_holds_the_adapters_alone(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     from safetensors.torch import load_file
 
@@ -130,6 +133,7 @@ def test_a_state_holds_the_adapters_alone(folder: Path, base: Path, rlhf: Forks,
 
 
 @pytest.mark.parametrize("zero", [1, *(pytest.param(zero, marks=SLOW) for zero in (0, 2, 3))])
+@pytest.mark.slow
 def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     undisturbed = stage(rlhf, folder, base, zero)
     command = [*SFT, f"model.path={base}", f"name=killed{zero}", *LORA, "lora.merge=false", f"engine=zero{zero}"]
@@ -150,6 +154,7 @@ def test_kill_9_is_not_seen_in_the_end(folder: Path, base: Path, rlhf: Forks, ze
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_quantised_run_goes_on_as_well(folder: Path, wide: Path, rlhf: Forks, dtype: str) -> None:
     overrides = [*QLORA, f"model.dtype={dtype}"]
     undisturbed = trained(rlhf, folder, wide, f"nf4_{dtype}", *overrides)
@@ -175,6 +180,7 @@ def paused(folder: Path, base: Path, rlhf: Forks) -> Path:
         ("lora.quantise=nf4", "lora.quantise: was 'none', is now 'nf4'"),
     ],
 )
+@pytest.mark.slow
 def test_other_adapters_are_another_run(
     folder: Path, base: Path, paused: Path, rlhf: Forks, override: str, difference: str
 ) -> None:
@@ -183,6 +189,7 @@ def test_other_adapters_are_another_run(
     assert difference in job.output and "Traceback" not in job.output and job.output.count(": was ") == 1
 
 
+@pytest.mark.slow
 def test_another_base_model_under_the_same_name(folder: Path, base: Path, paused: Path, rlhf: Forks) -> None:
     """The state does not hold the frozen weights, so they must be those that the adapters were trained on."""
     changed = folder / "changed"
@@ -212,11 +219,13 @@ def next_loss(rlhf: Forks, folder: Path, run: Path, *overrides: str) -> float:
 
 
 @pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.slow
 def test_the_next_stage_begins_where_this_one_ended(folder: Path, base: Path, rlhf: Forks, zero: int) -> None:
     run = stage(rlhf, folder, base, zero)
     assert next_loss(rlhf, folder, run) == pytest.approx(series(run, "eval/loss")[-1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bf16_it_does_so_nearly(folder: Path, base: Path, rlhf: Forks) -> None:
     """The merged weight is rounded to three digits; measured on this model: 2e-4 at most."""
     run = trained(rlhf, folder, base, "bf16", *LORA, "model.dtype=bfloat16")
@@ -226,6 +235,7 @@ def test_in_bf16_it_does_so_nearly(folder: Path, base: Path, rlhf: Forks) -> Non
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-3)])
+@pytest.mark.slow
 def test_a_quantised_model_is_handed_over_as_it_was_trained(
     folder: Path, wide: Path, rlhf: Forks, dtype: str, tolerance: float
 ) -> None:
@@ -278,6 +288,7 @@ def test_transformers_opens_it_alone_and_peft_the_adapters(
     assert difference < 1e-4 < 0.1 < trained_by
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_folder(folder: Path, base: Path, rlhf: Forks) -> None:
     kept, merged = stage(rlhf, folder, base, 1), trained(rlhf, folder, base, "bf16", *LORA, "model.dtype=bfloat16")
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
@@ -293,6 +304,7 @@ def test_what_lies_in_the_folder(folder: Path, base: Path, rlhf: Forks) -> None:
     assert settings["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
+@pytest.mark.slow
 def test_damaged_adapters_are_found(folder: Path, base: Path, rlhf: Forks) -> None:
     from rlhf_pipeline.errors import UserError
 
@@ -303,6 +315,7 @@ def test_damaged_adapters_are_found(folder: Path, base: Path, rlhf: Forks) -> No
         artifact.load(copy, kind=Kind.policy)
 
 
+@pytest.mark.slow
 def test_our_adapter_folder_as_a_start(folder: Path, base: Path, rlhf: Forks) -> None:
     """base_model_name_or_path leads to the base; merged, it is the artifact that it lies in."""
     run = stage(rlhf, folder, base, 1)
@@ -318,6 +331,7 @@ def _changes(run: Path, start: Path) -> list[Any]:
     return [(after[name] != before[name]) for name in before]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_without_a_traceback(folder: Path, base: Path, rlhf: Forks) -> None:
     for override, message in (
         ("lora.targets=[query]", "'query' is no linear layer of this model"),

@@ -79,6 +79,7 @@ def states_before(place: str) -> int:
 
 
 @pytest.mark.parametrize("attempt", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 12))])
+@pytest.mark.slow
 def test_kill_9_at_a_random_change_of_its_files(folder: Path, rlhf: Forks, undisturbed: Path, attempt: int) -> None:
     listed = rlhf.start(folder, *EVERYTHING, f"name=listed_{attempt}", crash=0).wait()
     changes = re.findall(r"^change \d+: (.*)$", listed.output, re.MULTILINE)
@@ -94,6 +95,7 @@ def test_kill_9_at_a_random_change_of_its_files(folder: Path, rlhf: Forks, undis
     assert not [name for name in files_below(run) if ".partial" in name or ".old" in name or ".tmp" in name]
 
 
+@pytest.mark.slow
 def test_the_running_mean_of_reinforce_goes_on(folder: Path, rlhf: Forks) -> None:
     """Killed in the third iteration, whose baseline two others have made; and paused, with the averages in place."""
     whole = made(rlhf, folder, "reinforce", BASELINE)

@@ -175,6 +175,7 @@ def test_rankings_of_four_to_nine_keep_their_order(load: Any) -> None:
         assert np.array_equal(np.sign(better), -np.sign(np.subtract.outer(tree.ranks, tree.ranks)))
 
 
+@pytest.mark.slow
 def test_every_comparison_that_somebody_won_is_an_example(load: Any, renderer: Renderer, tmp_path: Path) -> None:
     source = Source(path=str(Path(FOLDER, "alpaca_kwise.jsonl.gz")), kind="ranking", on_bad_row="skip")
     whole = load("alpaca_kwise.jsonl.gz", "ranking")
