@@ -38,7 +38,7 @@ INIT := $(if $(call has,ppo_init_sft),$(EXP)_ppo_init)
 REWARD := $(if $(RM_EXP),$(call made,$(RUNS)/$(RM_EXP)/rm))
 policies = $(foreach s,$(1),$(if $(call has,$(s)),$(call made,$(DIR)/$(s))))
 MODELS := $(call policies,pretrain sft) $(REWARD) $(call policies,ppo dpo)
-EVALUATIONS := $(patsubst conf/experiment/%.yaml,$(DIR)/evaluated/%,$(wildcard conf/experiment/$(EXP)*_evaluate.yaml))
+EVALUATIONS := $(patsubst conf/experiment/%.yaml,$(DIR)/evaluated/%,$(wildcard $(addprefix conf/experiment/$(EXP),_evaluate.yaml _*_evaluate.yaml)))
 
 demo: recipe ## the whole recipe on the lab, base model to report: minutes on two cores, no download
 

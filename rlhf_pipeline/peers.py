@@ -115,16 +115,6 @@ def meet(seconds: float) -> Any:
     return _circle.store
 
 
-def wait_for_all() -> None:
-    """Wait until every process has come to this line, however long it takes: a loss ends the waiting process."""
-    assert _circle is not None
-    store, look = _circle.store, 0.001
-    store.add("here", 1)
-    while store.add("here", 0) < _circle.place.size:
-        time.sleep(look)
-        look = min(2 * look, 0.25)
-
-
 def cause(error: BaseException) -> BaseException:
     """The loss of another process, where that is what an error among processes came from; else the error."""
     if _circle is None or not _circle.known.wait(GRACE):

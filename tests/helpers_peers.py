@@ -68,6 +68,16 @@ def together(
     return ended
 
 
+def wait_for_all() -> None:
+    """In a process of a run that has met: wait until every other one has come to this line."""
+    from rlhf_pipeline import peers
+
+    store = peers.meet(TIMEOUT)
+    store.add("here", 1)
+    while store.add("here", 0) < peers.place().size:
+        time.sleep(0.01)
+
+
 def _be(act: Callable[[], object], environment: dict[str, str], log: Path, namespace: str | None) -> None:
     """In the fork: what `hydra_bridge.run_stage` does around a recipe."""
     code = 99

@@ -1,4 +1,4 @@
-"""Small reward models for tests, and what transformers alone makes of a text."""
+"""Small artifacts for tests, reward models above all, and what transformers alone makes of a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from helpers_runs import make_base
 
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
+
+
+def save_artifact(folder: Path, model: Any, tokenizer: Any, kind: Kind, *, stage: str, **facts: Any) -> None:
+    """As a stage hands a model over, apart from what it says of config and data."""
+    from rlhf_pipeline.data.prompts import Renderer
+
+    renderer = Renderer(tokenizer)
+    manifest: dict[str, Any] = {
+        "kind": kind,
+        "stage": stage,
+        "step": 1,
+        "template_hash": renderer.template_hash,
+        "tokenizer_hash": renderer.tokenizer_hash,
+        "special_ids": {},
+        "vocab_size": 400,
+        "config": {},
+        "data": {},
+        "metrics": {},
+        **facts,
+    }
+    artifact.save(folder, model=model, weights=model.state_dict(), tokenizer=tokenizer, manifest=manifest)
 
 
 def make_reward_model(
@@ -24,8 +45,6 @@ def make_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from rlhf_pipeline.data.prompts import Renderer
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     torch.manual_seed(seed)
@@ -34,22 +53,7 @@ def make_reward_model(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
-    renderer = Renderer(tokenizer)
-    manifest: dict[str, Any] = {
-        "kind": kind,
-        "stage": "rm",
-        "step": 1,
-        "template_hash": renderer.template_hash,
-        "tokenizer_hash": renderer.tokenizer_hash,
-        "special_ids": {},
-        "vocab_size": 400,
-        "config": {},
-        "data": {},
-        "metrics": {},
-        "reward_shift": shift,
-        "reward_scale": scale,
-    }
-    artifact.save(folder, model=model, weights=model.state_dict(), tokenizer=tokenizer, manifest=manifest)
+    save_artifact(folder, model, tokenizer, kind, stage="rm", reward_shift=shift, reward_scale=scale)
     return folder
 
 

@@ -2,8 +2,8 @@
 
 A row of 2,048 tokens that holds fifteen trees has 4 M query-key pairs, of which some 5 % are allowed. A dense mask
 computes them all; here every prompt with its first response is one causal attention, and every further response one
-over its prompt and itself: long ones one by one, short ones in batches (`segment_batches`). A GPU has block masks for
-this.
+over its prompt and itself: in batches (`segment_batches`) where these are faster, else one by one. A GPU has block masks
+for this.
 
 transformers hands keyword arguments of a forward on to its attention functions; the paths travel that way. A model
 that does not hand them on fails the self-check and gets the dense mask.
@@ -32,13 +32,12 @@ from rlhf_pipeline.models.segment_batches import (
 )
 
 NAME = "rlhf_paths"
-# Up to this many query-key pairs a segment is short: in a batch with others it is faster than by itself, where there are
-# MANY of them (docs/benchmarks.md). Less is short to the fused kernel, which does not keep what it computes in between.
+# Up to this many query-key pairs a segment is short: in a batch with others it is faster than torch's fused kernel for
+# each, where there are MANY of them (docs/benchmarks.md).
 SHORT = 2048
-SHORT_MATRIX = 8192
 MANY = 16
-# Up to this many queries, bf16 attention is plain matrix products: without AMX, the fused CPU kernel is three times
-# slower from 64 to 512 tokens (docs/benchmarks.md). Beyond, its memory counts.
+# Up to this many queries, bf16 attention is batches of plain matrix products: without AMX, the fused CPU kernel is three
+# times slower from 64 to 512 tokens (docs/benchmarks.md). Beyond, its memory counts.
 LONGEST_MATRIX = 1024
 
 
@@ -82,11 +81,10 @@ def path_attention(  # noqa: PLR0913 - as transformers calls it
     chosen = whole(tree_segments)
     if read_states is not None and is_last(module):
         chosen = those_read(tree_segments, read_states.cpu().numpy()) or chosen  # of padding alone nothing is read
-    limit = SHORT_MATRIX if query.dtype == torch.bfloat16 else SHORT
-    short, long = _short_and_long(tree_segments, chosen, limit, MANY)
-    out = _one_by_one(query, key, value, tree_segments, long, scale=scale, dropout=dropout) if long else None
-    if short or sum(one.count for one in chosen) < rows * width:
-        plan = plan_batches(tree_segments, short, long, query.dtype, query.device)
+    batched, others = _split(tree_segments, chosen, query.dtype)
+    out = _one_by_one(query, key, value, tree_segments, others, scale=scale, dropout=dropout) if others else None
+    if batched or sum(one.count for one in chosen) < rows * width:
+        plan = plan_batches(tree_segments, batched, others, query.dtype, query.device)
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         out = attend(q, k, v, plan, others=out, scale=scale, dropout=dropout)
     assert out is not None
@@ -116,15 +114,18 @@ def is_last(module: Any) -> bool:
 
 
 @lru_cache(maxsize=3)  # every layer of a forward pass asks for the same, and the last for its own
-def _short_and_long(
-    segments: tuple[Segment, ...], chosen: tuple[Queries, ...], limit: int, many: int
+def _split(
+    segments: tuple[Segment, ...], chosen: tuple[Queries, ...], dtype: torch.dtype
 ) -> tuple[tuple[Queries, ...], tuple[Queries, ...]]:
     """Queries that are computed in batches, and those whose segments are taken one by one."""
-    pairs = [one.count * (keys_before(segments, one) + one.count) for one in chosen]
-    short = tuple(one for one, size in zip(chosen, pairs, strict=True) if size <= limit)
-    if len(short) < many:
-        return (), chosen
-    return short, tuple(one for one, size in zip(chosen, pairs, strict=True) if size > limit)
+    if dtype == torch.bfloat16:
+        is_batched = [one.count <= LONGEST_MATRIX for one in chosen]
+    else:
+        is_batched = [one.count * (keys_before(segments, one) + one.count) <= SHORT for one in chosen]
+        if sum(is_batched) < MANY:
+            return (), chosen
+    pairs = list(zip(chosen, is_batched, strict=True))
+    return tuple(one for one, yes in pairs if yes), tuple(one for one, yes in pairs if not yes)
 
 
 def _one_by_one(
@@ -137,27 +138,9 @@ def _one_by_one(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """As `path_attention`, for the `chosen` queries alone, one after the other: [n, heads, D]."""
+    """As `path_attention`, for the `chosen` queries alone, one after the other, by torch's fused kernel: [n, heads, D]."""
     groups = query.shape[1] // key.shape[1]
-    flat = _flat(query), _repeated(_flat(key), groups), _repeated(_flat(value), groups)
-    longest = max(one.count for one in chosen)
-    if query.dtype == torch.bfloat16 and longest <= LONGEST_MATRIX and not dropout:
-        out: Tensor = _MatrixAttention.apply(*flat, segments, chosen, scale)
-        return out
-    return _fused(*flat, segments, chosen, scale=scale, dropout=dropout)
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: tuple[Segment, ...],
-    chosen: tuple[Queries, ...],
-    *,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """[heads, T, D] each -> [n, heads, D], by torch's own kernel."""
+    query, key, value = _flat(query), _repeated(_flat(key), groups), _repeated(_flat(value), groups)
     outputs = []
     for one, here, seen in _places(segments, chosen):
         q, k, v = query[:, here], _rows(key, seen), _rows(value, seen)
@@ -168,46 +151,6 @@ def _fused(
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
-
-
-class _MatrixAttention(torch.autograd.Function):
-    """The same by plain matrix products, [heads, T, D] each -> [n, heads, D]; keeps the probabilities of each path."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: tuple[Segment, ...],
-        chosen: tuple[Queries, ...],
-        scale: float,
-    ) -> Tensor:
-        outputs, kept = [], []
-        for one, here, seen in _places(segments, chosen):
-            k, v = _rows(key, seen), _rows(value, seen)
-            mask = _causal(keys_before(segments, one), one.count, query)
-            probabilities = softmax(torch.baddbmm(mask, query[:, here], k.transpose(1, 2), alpha=scale))
-            outputs.append(torch.bmm(probabilities, v).transpose(0, 1))
-            kept.append(probabilities)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.segments, ctx.chosen, ctx.scale = segments, chosen, scale
-        return torch.cat(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        parts = grads[0].transpose(0, 1).split([one.count for one in ctx.chosen], dim=1)  # [heads, count, D] each
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (_, here, seen), probabilities, g in zip(_places(ctx.segments, ctx.chosen), kept, parts, strict=True):
-            k, v = _rows(key, seen), _rows(value, seen)
-            grad_scores = torch._softmax_backward_data(
-                torch.bmm(g, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
-            ).mul_(ctx.scale)
-            grad_query[:, here] = torch.bmm(grad_scores, k)
-            _add_rows(grad_key, seen, torch.bmm(grad_scores.transpose(1, 2), query[:, here]))
-            _add_rows(grad_value, seen, torch.bmm(probabilities.transpose(1, 2), g))
-        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _places(segments: tuple[Segment, ...], chosen: tuple[Queries, ...]) -> Iterator[tuple[Queries, slice, list[slice]]]:
@@ -228,14 +171,6 @@ def _rows(tensor: Tensor, places: list[slice]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _add_rows(total: Tensor, places: list[slice], values: Tensor) -> None:
-    start = 0
-    for place in places:
-        length = place.stop - place.start
-        total[:, place] += values[:, start : start + length]
-        start += length
-
-
 def _flat(tensor: Tensor) -> Tensor:
     """[B, heads, T, D] -> [heads, B * T, D]."""
     return tensor[0] if len(tensor) == 1 else tensor.transpose(0, 1).flatten(1, 2)
@@ -248,6 +183,5 @@ def _repeated(tensor: Tensor, groups: int) -> Tensor:
 
 def _causal(before: int, count: int, like: Tensor) -> Tensor:
     """[count, before + count] additive mask: all that lies before, and of themselves what came earlier."""
-    mask = torch.zeros(count, before + count, dtype=like.dtype, device=like.device)
-    blocked = torch.ones(mask.shape, dtype=torch.bool, device=like.device).triu_(before + 1)
-    return mask.masked_fill_(blocked, torch.finfo(like.dtype).min)
+    mask = torch.full((count, before + count), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    return mask.triu_(before + 1)

@@ -1,9 +1,10 @@
-"""Attention along short paths, many at a time: segments of like size are padded and computed as one batch.
+"""Attention along paths, many at a time: segments of like size are padded and computed as one batch of matrix products.
 
-One by one, short segments are nothing but overhead: a ranking's answers of ten tokens are a hundred calls a layer, each
-of which takes longer to begin than to compute. `path_attention` decides which segments are short.
+One by one, segments are overhead above all: a ranking's answers of ten tokens are a hundred calls a layer, each of which
+takes longer to begin than to compute. `path_attention` decides which segments are batched.
 
-Shapes: S segments of a batch, Q queries and K keys each, h heads, D their width, N tokens of all rows.
+Shapes: S segments of a batch, Q queries and K keys each; h heads, k key heads, g = h / k, D their width; N tokens of all
+rows.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlhf_pipeline.data.packing import Segment
 
-# A batch is split where padding its segments to the longest would compute more query-key pairs in vain than this: by
-# then another batch costs less.
+# A batch is split where padding its segments to the longest would compute more query-key pairs in vain than this, and than
+# this share of all of them: by then another batch costs less.
 WASTE = 2048
+WASTED_SHARE = 0.3
+# In bf16, a product of a shape that was not seen before compiles a kernel, for longer than a batch takes: lengths are
+# rounded up to one of so many between a power of two and the next.
+SIZES = 8
+MOST_PAIRS = 2**18  # of a batch, unless a segment alone has more: what is there at a time, for every head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentBatch:
-    """Segments side by side. Padding repeats token 0, whose keys are blocked and whose outputs nobody reads."""
+    """Segments side by side. Padding reads token 0, blocked as a key, and is written to a token N that nobody reads."""
 
-    queries: Tensor  # int64 [S, Q], places among the N tokens
-    keys: Tensor  # int64 [S, K]: the prompt, where it lies apart, and then the segment itself
-    mask: Tensor  # [S, 1, Q, K], additive
+    queries: Tensor  # int64 [S, Q], places among the N tokens; padding N
+    keys: Tensor  # int64 [S, K]: the prompt, where it lies apart, and then the segment itself; padding N
+    mask: Tensor  # [S or 1, 1, 1, Q, K], additive
+    shares_keys: bool  # a token may be a key of several segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,8 @@ class SegmentBatches:
     """What the layers of one forward and backward pass share."""
 
     batches: tuple[SegmentBatch, ...]
-    places: Tensor  # int64 [N]: where each token is among the padded outputs and, after them, others'; of the rest 0
+    places: Tensor  # int64 [N]: where each token is among the padded outputs; of tokens that are not computed 0
+    others: Tensor  # int64 [n]: tokens that are computed elsewhere
 
 
 def attend(
@@ -52,31 +59,85 @@ def attend(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """query [N, h, D], key [N, key heads, D], value [N, key heads, V] -> [N, h, V].
+    """query [N, h, D], key [N, k, D], value [N, k, V] -> [N, h, V].
 
     `others` [n, h, V] are the outputs of the plan's other queries. Tokens that are in neither get what is not theirs.
-
-    The gathers are embeddings: their backward adds rows up, on a CPU several times faster than that of indexing.
     """
-    groups = query.shape[1] // key.shape[1]
-    query = query * scale
-    outputs = []
-    for batch in plan.batches:
-        q, k, v = _gather(query, batch.queries), _gather(key, batch.keys), _gather(value, batch.keys)
-        if groups > 1:
-            k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
-        probabilities = softmax(torch.matmul(q, k.transpose(2, 3)).add_(batch.mask))
-        out = torch.matmul(functional.dropout(probabilities, dropout), v)
-        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
-    if others is not None:
-        outputs.append(others.flatten(1))
-    return functional.embedding(plan.places, torch.cat(outputs)).unflatten(-1, (query.shape[1], value.shape[2]))
+    if plan.batches:
+        out: Tensor = _Attend.apply(query, key, value, plan, scale, dropout)
+    else:
+        out = query.new_zeros(*query.shape[:2], value.shape[2])
+    return out if others is None else out.index_copy(0, plan.others, others)
 
 
-def _gather(tensor: Tensor, places: Tensor) -> Tensor:
-    """[N, h, D] at [S, L] -> [S, h, L, D]."""
-    rows = functional.embedding(places, tensor.flatten(1))
-    return rows.unflatten(-1, tensor.shape[1:]).transpose(1, 2)
+class _Attend(torch.autograd.Function):
+    """Keeps what it gathered and the probabilities; a batch at a time, so that little is there at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentBatches, scale: float, dropout: float
+    ) -> Tensor:
+        count, heads, key_heads = len(query), query.shape[1], key.shape[1]
+        outputs, kept = [], []
+        for batch in plan.batches:
+            q = _gather(query, batch.queries % count, key_heads).mul_(scale)  # [S * k, g * Q, D]
+            k, v = _gather(key, batch.keys % count, key_heads), _gather(value, batch.keys % count, key_heads)
+            scores = torch.bmm(q, k.transpose(1, 2)).view(len(batch.queries), key_heads, -1, *batch.mask.shape[3:])
+            probabilities = softmax(scores.add_(batch.mask)).view(len(q), -1, k.shape[1])
+            drop = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
+            out = torch.bmm(probabilities if drop is None else probabilities * drop, v)
+            outputs.append(_ungather(out, batch.queries, key_heads))
+            kept += [q, k, v, probabilities, drop]
+        ctx.save_for_backward(*kept)
+        ctx.plan, ctx.scale, ctx.shapes = plan, scale, (query.shape, key.shape, value.shape)
+        return torch.cat(outputs).index_select(0, plan.places).view(count, heads, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (count, heads, width), (_, key_heads, _), (_, _, value_width) = ctx.shapes
+        saved = ctx.saved_tensors  # once: checkpointing computes them at each look
+        grad = torch.cat([grads[0], grads[0].new_zeros(1, heads, value_width)])  # of padding: nothing
+        of_query = grad.new_zeros(count + 1, heads * width)
+        of_key, of_value = (grad.new_zeros(count + 1, key_heads * one) for one in (width, value_width))
+        for i, batch in enumerate(ctx.plan.batches):
+            q, k, v, probabilities, drop = saved[5 * i : 5 * i + 5]
+            g = _gather(grad, batch.queries, key_heads)
+            of_probabilities = torch.bmm(g, v.transpose(1, 2))
+            seen = probabilities if drop is None else probabilities * drop
+            if drop is not None:
+                of_probabilities *= drop
+            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, q.dtype)
+            part = _ungather(torch.bmm(of_scores, k), batch.queries, key_heads).mul_(ctx.scale)
+            of_query.index_copy_(0, batch.queries.flatten(), part)
+            for total, part in (
+                (of_key, torch.bmm(of_scores.transpose(1, 2), q)),
+                (of_value, torch.bmm(seen.transpose(1, 2), g)),
+            ):
+                _add(total, batch, _ungather(part, batch.keys, key_heads))
+        shaped = (one[:-1].view(shape) for one, shape in zip((of_query, of_key, of_value), ctx.shapes, strict=True))
+        return (*shaped, None, None, None)
+
+
+def _gather(tensor: Tensor, places: Tensor, key_heads: int) -> Tensor:
+    """[N, h, D] at [S, L] -> [S * k, g * L, D]: heads that share a key head are further queries of it."""
+    rows = tensor.index_select(0, places.flatten()).view(*places.shape, key_heads, -1, tensor.shape[2])
+    return rows.permute(0, 2, 3, 1, 4).reshape(len(places) * key_heads, -1, tensor.shape[2])
+
+
+def _ungather(tensor: Tensor, places: Tensor, key_heads: int) -> Tensor:
+    """[S * k, g * L, D] -> [S * L, h * D]."""
+    count, length = places.shape
+    rows = tensor.view(count, key_heads, -1, length, tensor.shape[2]).permute(0, 3, 1, 2, 4)
+    return rows.reshape(count * length, -1)
+
+
+def _add(total: Tensor, batch: SegmentBatch, part: Tensor) -> None:
+    """Add [S * K, k * D] to the rows of its keys."""
+    places = batch.keys.flatten()
+    if batch.shares_keys:  # an embedding's gradient: on a CPU several times faster than index_add_
+        total += torch.ops.aten.embedding_dense_backward(part, places, len(total), -1, False)
+    else:
+        total[places] += part
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -126,19 +187,21 @@ def plan_batches(
 ) -> SegmentBatches:
     """How to batch the `chosen` among the N tokens that the segments are; the `others` are computed by somebody else."""
     starts = np.cumsum([0, *(segment.length for segment in segments)])
-    batches, place, offset = [], np.zeros(starts[-1], np.int64), 0
-    for members in _alike(segments, chosen):
+    batches, place, offset, padding = [], np.zeros(starts[-1], np.int64), 0, int(starts[-1])
+    for members in _alike(segments, chosen, dtype):
         count = np.array([one.count for one in members])[:, None]
         before = np.array([keys_before(segments, one) for one in members])[:, None]
         prompt = np.array([prompt_before(segments[one.segment]) for one in members])[:, None]
         start = np.array([starts[one.segment] for one in members])[:, None]
         first = start + np.array([one.first for one in members])[:, None]
         prompt_start = np.array([starts[segments[one.segment].trunk or 0] for one in members])[:, None]
-        q, k = np.arange(count.max()), np.arange((before + count).max())
-        queries = np.where(q < count, first + q, 0)
-        keys = np.where(k < prompt, prompt_start + k, np.where(k < before + count, start + k - prompt, 0))
+        q, k = (np.arange(rounded(int(most), dtype)) for most in (count.max(), (before + count).max()))
+        queries = np.where(q < count, first + q, padding)
+        keys = np.where(k < prompt, prompt_start + k, np.where(k < before + count, start + k - prompt, padding))
         # Blocks padding too for every query that counts: it comes after the segment's last token.
         blocked = torch.from_numpy(k > (before + q)[:, :, None])
+        if len(np.unique(before)) == 1:
+            blocked = blocked[:1]
         mask = torch.zeros(blocked.shape, dtype=dtype).masked_fill_(blocked, torch.finfo(dtype).min)
         place[queries[q < count]] = offset + np.flatnonzero(q < count)
         offset += queries.size
@@ -146,12 +209,21 @@ def plan_batches(
             SegmentBatch(
                 queries=torch.from_numpy(queries).to(device),
                 keys=torch.from_numpy(keys).to(device),
-                mask=mask[:, None].to(device),
+                mask=mask[:, None, None].to(device),
+                shares_keys=bool(prompt.any()),
             )
         )
-    elsewhere = places_of(segments, others)
-    place[elsewhere] = offset + np.arange(len(elsewhere))
-    return SegmentBatches(batches=tuple(batches), places=torch.from_numpy(place).to(device))
+    return SegmentBatches(
+        batches=tuple(batches),
+        places=torch.from_numpy(place).to(device),
+        others=torch.from_numpy(places_of(segments, others)).to(device),
+    )
+
+
+def rounded(length: int, dtype: torch.dtype) -> int:
+    """The length that a batch's segments are padded to."""
+    step = (1 << (length - 1).bit_length()) // (2 * SIZES) if dtype == torch.bfloat16 else 1
+    return -(-length // step) * step if step > 1 else length
 
 
 def prompt_before(segment: Segment) -> int:
@@ -159,48 +231,35 @@ def prompt_before(segment: Segment) -> int:
     return segment.prompt_length if segment.trunk is not None else 0
 
 
-def _alike(segments: Sequence[Segment], chosen: Sequence[Queries]) -> list[list[Queries]]:
+def _alike(segments: Sequence[Segment], chosen: Sequence[Queries], dtype: torch.dtype) -> list[list[Queries]]:
     """In groups of like size. Beginnings of trees, square, are not mixed with further responses."""
     groups: list[list[Queries]] = []
     for further in (False, True):
         members: list[Queries] = []
-        longest = most = 0
+        longest = most = pairs = 0
         sized = [
             (keys_before(segments, one) + one.count, one.count, one)
             for one in chosen
             if (segments[one.segment].trunk is not None) == further
         ]
         for keys, queries, one in sorted(sized, reverse=True):
-            padded = (len(members) + 1) * max(longest, queries) * max(most, keys)
-            waste = padded - len(members) * longest * most - queries * keys
-            if members and waste > WASTE:
+            size = rounded(max(longest, queries), dtype) * rounded(max(most, keys), dtype)
+            padded = (len(members) + 1) * size
+            # What rounding alone adds is not the batch's.
+            alone = rounded(queries, dtype) * rounded(keys, dtype)
+            wasted = padded - pairs - alone
+            if members and (wasted > max(WASTE, WASTED_SHARE * padded) or padded > MOST_PAIRS):
                 groups.append(members)
-                members, longest, most = [], 0, 0
+                members, longest, most, pairs = [], 0, 0, 0
             members = [*members, one]
-            longest, most = max(longest, queries), max(most, keys)
+            longest, most, pairs = max(longest, queries), max(most, keys), pairs + alone
         if members:
             groups.append(members)
     return groups
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension. In bf16 a CPU takes three times as long as for the same by way of fp32."""
+    """Over the last dimension; no gradient. In bf16 a CPU takes three times as long as for the same by way of fp32."""
     if scores.dtype != torch.bfloat16 or scores.device.type != "cpu":
         return scores.softmax(-1)
-    out: Tensor = _Softmax.apply(scores)
-    return out
-
-
-class _Softmax(torch.autograd.Function):
-    """Keeps the rounded probabilities alone, as torch's own does."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        probabilities = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-        ctx.save_for_backward(probabilities)
-        return probabilities
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (probabilities,) = ctx.saved_tensors
-        return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)

@@ -70,17 +70,19 @@ def _norm(hidden: int, w: int) -> int:
 
 
 def _attention(shape: Shape, rows: Rows) -> float:
-    """Queries, keys, values, the output; per path also a copy of the output and, in bf16, the probabilities."""
+    """Queries, keys, values, the output; in batches of paths the probabilities, for each path a copy of the output."""
     w, tokens = rows.width, rows.tokens
-    keys = shape.keys if rows.attention is Attention.block else shape.queries  # others repeat them for every head
+    batched = rows.attention is Attention.paths and w == 2 and rows.row_length <= LONGEST_MATRIX
+    keys = (
+        shape.keys if batched or rows.attention is Attention.block else shape.queries
+    )  # others repeat them for every head
     elements = float(w * tokens * (2 * shape.queries + 2 * keys))
-    match rows.attention:
-        case Attention.paths if w == 2 and rows.row_length <= LONGEST_MATRIX:
-            elements += w * shape.heads * rows.row_length * tokens
-        case Attention.paths:
-            elements += w * tokens * shape.queries
-        case _:
-            elements += 4.0 * tokens * shape.heads
+    if batched:
+        elements += w * shape.heads * rows.row_length * tokens
+    elif rows.attention is Attention.paths:
+        elements += w * tokens * shape.queries
+    else:
+        elements += 4.0 * tokens * shape.heads
     return elements
 
 

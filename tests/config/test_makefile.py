@@ -89,6 +89,7 @@ def test_a_newer_parent_makes_its_children_again(tmp_path: Path) -> None:
         ),
         ("zephyr_7b", ["dpo experiment=zephyr_7b_dpo"]),
         ("hh", ["sft experiment=hh_sft", "rm experiment=hh_rm", "dpo experiment=hh_dpo"]),
+        ("dem", []),  # takes nothing of a recipe whose name begins as its own
     ],
 )
 def test_other_recipes(tmp_path: Path, experiment: str, expected: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers_hosts import calls, fake_slurm, fake_ssh, pull_cable, two_namespaces
-from helpers_peers import Ended, together
+from helpers_peers import Ended, together, wait_for_all
 from helpers_runs import (
     ENVIRONMENT,
     NO_PLACE,
@@ -28,14 +28,12 @@ from helpers_runs import (
     Job,
     assert_same_end,
     children,
-    dialogues,
     is_alive,
     kill_tree,
     logged_steps,
     program,
     states,
     wait_for,
-    write_jsonl,
 )
 
 from rlhf_pipeline import peers, peers_hub
@@ -80,7 +78,7 @@ def test_a_machine_is_cut_off(namespaces: list[str], tmp_path: Path) -> None:
 
     def computes() -> None:
         peers.meet(20)
-        peers.wait_for_all()
+        wait_for_all()
         if peers.place().rank == 1:
             (tmp_path / "met").touch()
         time.sleep(MINUTE)
@@ -113,14 +111,6 @@ def test_the_first_machine_does_not_answer(namespaces: list[str], tmp_path: Path
 
 
 # The product
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts")
-    write_jsonl(folder / "train.jsonl", dialogues(36, seed=2))
-    write_jsonl(folder / "heldout.jsonl", dialogues(4, seed=3))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,12 @@ from helpers_runs import (
     Job,
     assert_same_end,
     children,
-    dialogues,
     is_alive,
     kill_tree,
     launched,
     logged_steps,
     states,
     wait_for,
-    write_jsonl,
 )
 
 # 30 steps, each followed by an evaluation with samples, so that there is time for a signal.
@@ -38,14 +36,6 @@ SFT = [
     "evaluation.sample_tokens=16",
 ]
 STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    write_jsonl(folder / "train.jsonl", dialogues(36, seed=2))
-    write_jsonl(folder / "heldout.jsonl", dialogues(4, seed=3))
-    return folder
 
 
 @pytest.fixture(scope="module")

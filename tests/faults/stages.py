@@ -26,9 +26,8 @@ from helpers_runs import (
     texts,
     write_jsonl,
 )
-from helpers_scoring import make_reward_model
+from helpers_scoring import make_reward_model, save_artifact
 
-from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
 
 TRAINED = ["checkpoint.every=2", "evaluation.every=3", "runtime.rank_timeout_minutes=1"]
@@ -89,23 +88,8 @@ def _answer(index: int, rng: random.Random) -> dict[str, Any]:
 def _as_artifact(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_pipeline.data.prompts import Renderer
-
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    renderer = Renderer(tokenizer)
-    manifest: dict[str, Any] = {
-        "kind": Kind.policy,
-        "stage": "sft",
-        "step": 1,
-        "template_hash": renderer.template_hash,
-        "tokenizer_hash": renderer.tokenizer_hash,
-        "special_ids": {},
-        "vocab_size": 400,
-        "config": {},
-        "data": {},
-        "metrics": {},
-    }
-    artifact.save(target, model=model, weights=model.state_dict(), tokenizer=tokenizer, manifest=manifest)
+    save_artifact(target, model, tokenizer, Kind.policy, stage="sft")
 
 
 def _in_shards(source: Path, target: Path) -> None:

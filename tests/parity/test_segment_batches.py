@@ -104,15 +104,7 @@ def test_the_last_layer_computes_what_is_read(
 def test_softmax_by_way_of_fp32_is_torchs_own(assert_close: Callable[..., None]) -> None:
     scores = (3 * torch.randn(5, 7, 31, generator=torch.Generator().manual_seed(0))).bfloat16()
     scores[0, 0, 3:] = torch.finfo(torch.bfloat16).min
-    mine, theirs = (scores.clone().requires_grad_() for _ in range(2))
-    grad = torch.randn(5, 7, 31, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert_close(segment_batches.softmax(mine), theirs.softmax(-1), rtol=0, atol=0)
-    assert_close(
-        torch.autograd.grad(segment_batches.softmax(mine), mine, grad)[0],
-        torch.autograd.grad(theirs.softmax(-1), theirs, grad)[0],
-        rtol=0,
-        atol=0,
-    )
+    assert_close(segment_batches.softmax(scores), scores.softmax(-1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("count", "batched"), [(15, False), (16, True)])
@@ -145,9 +137,9 @@ def test_dropout_drops_probabilities_and_keeps_their_mean(monkeypatch: pytest.Mo
 def test_like_sizes_share_a_batch_and_beginnings_are_apart() -> None:
     chosen = tuple(segment_batches.whole(RANKINGS)[i] for i in (0, 1, 2, 7))
     plan = segment_batches.plan_batches(RANKINGS, chosen, (), torch.float32, torch.device("cpu"))
-    assert [tuple(batch.mask.shape) for batch in plan.batches] == [(1, 1, 7, 7), (3, 1, 5, 7)]
+    assert [tuple(batch.mask.shape) for batch in plan.batches] == [(1, 1, 1, 7, 7), (3, 1, 1, 5, 7)]
     # Prompt and segment of 1: the first four tokens of segment 0, then the three of its own.
     assert [row for row in plan.batches[1].keys.tolist() if row[0] == 0] == [
         [0, 1, 2, 3, 7, 8, 9],
-        [0, 1, 2, 3, 10, 0, 0],
+        [0, 1, 2, 3, 10, 41, 41],  # padding
     ]

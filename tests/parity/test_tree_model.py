@@ -463,7 +463,7 @@ def test_path_attention_by_itself(
     monkeypatch.setattr(paths_module, "LONGEST_MATRIX", longest_matrix)
     monkeypatch.setattr(paths_module, "MANY", 1)
     monkeypatch.setattr(paths_module, "SHORT", short)
-    monkeypatch.setattr(paths_module, "SHORT_MATRIX", short)
+    monkeypatch.setattr(paths_module, "LONGEST_MATRIX", longest_matrix)
     batch = packed_batch(rows)
     generator = torch.Generator().manual_seed(0)
     shape = (3, 4, 40, 8)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers_peers import Ended, together
+from helpers_peers import Ended, together, wait_for_all
 
 from rlhf_pipeline import peers
 from rlhf_pipeline.config.schema import RuntimeConfig
@@ -35,12 +35,12 @@ def works() -> None:
 
 
 def kills_itself() -> None:
-    peers.wait_for_all()
+    wait_for_all()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def goes_on() -> None:
-    peers.wait_for_all()
+    wait_for_all()
     works()
 
 
@@ -61,23 +61,6 @@ def test_those_who_end_well_are_not_missed(tmp_path: Path, monkeypatch: pytest.M
     acts = [meets(lambda seconds=seconds: time.sleep(seconds)) for seconds in (0.6, 0.1, 1.2)]  # type: ignore[misc]
     ended = together(acts, folder=tmp_path, port=free_port())
     assert [(one(e).code, one(e).said) for e in ended] == [(0, "")] * 3
-
-
-def test_nobody_is_hurried(tmp_path: Path) -> None:
-    """One takes longer over its data than processes wait for each other at their start."""
-    times = tmp_path / "times"
-
-    def reads_long() -> None:
-        time.sleep(5)
-        times.write_text(str(time.monotonic()))
-        peers.wait_for_all()
-
-    def reads_little() -> None:
-        peers.wait_for_all()
-        assert time.monotonic() >= float(times.read_text())
-
-    ended = together([meets(reads_little, seconds=4), meets(reads_long, seconds=4)], folder=tmp_path, port=free_port())
-    assert [one(e).code for e in ended] == [0, 0]
 
 
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
@@ -111,7 +94,7 @@ def test_one_fails_and_says_why(tmp_path: Path) -> None:
 
 def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
     def fails() -> None:
-        peers.wait_for_all()
+        wait_for_all()
         time.sleep(0.3 * int(os.environ["RANK"]))
         raise UserError("optim.lr: was 1, is now 2")
 
@@ -122,7 +105,7 @@ def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
 
 def test_the_error_of_a_collective_is_told_as_the_loss_that_it_came_from(tmp_path: Path) -> None:
     def meets_the_end_in_a_collective() -> None:
-        peers.wait_for_all()
+        wait_for_all()
         time.sleep(0.5)
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
@@ -199,9 +182,9 @@ def test_a_stranger_on_the_port_does_no_harm(tmp_path: Path) -> None:
         for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "x", "rank": 1, "size": 2}\n', b"\xff\n", b""):
             with socket.create_connection(("127.0.0.1", told["port"])) as line:
                 line.sendall(text)
-        peers.wait_for_all()
+        wait_for_all()
 
-    ended = together([meets(peers.wait_for_all), meets(disturbs)], folder=tmp_path, port=port)
+    ended = together([meets(wait_for_all), meets(disturbs)], folder=tmp_path, port=port)
     assert [(one(e).code, one(e).said) for e in ended] == [(0, ""), (0, "")]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_chat import Asked, Behaviour, Reply, chat_config, chat_server, completion, pair, prefers
+from helpers_chat import Behaviour, Reply, chat_config, chat_server, completion, pair, prefers
+from helpers_servers import Asked
 
 from rlhf_pipeline import servers
 from rlhf_pipeline.config.judge import ChatJudgeConfig

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from helpers_servers import Asked, Handler, serving
 
 from rlhf_pipeline import servers
 from rlhf_pipeline.data.records import Message
@@ -32,54 +30,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
 
 
-class Asked:
-    """What a server was asked, and when."""
-
-    def __init__(self) -> None:
-        self.bodies: list[Any] = []
-        self.times: list[float] = []
-        self.at_once = self.most_at_once = 0
-        self.lock = threading.Lock()
-
-
 @contextmanager
-def serving(behave: Behaviour) -> Iterator[tuple[str, Asked]]:
+def scorer(behave: Behaviour) -> Iterator[tuple[str, Asked]]:
     asked = Asked()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Scores(Handler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with asked.lock:
-                asked.bodies.append(body)
-                asked.times.append(time.monotonic())
-                asked.at_once += 1
-                asked.most_at_once = max(asked.most_at_once, asked.at_once)
-                number = len(asked.bodies)
-            status, content, *headers = behave(body["episodes"], number)
-            with asked.lock:
-                asked.at_once -= 1
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            try:
-                self.send_response(status)
-                for name, value in (headers[0] if headers else {}).items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-            except BrokenPipeError:  # who asked has given up
-                pass
+            body = self.body()
+            status, content, *headers = behave(body["episodes"], asked.begins(body, dict(self.headers)))
+            asked.ends()
+            self.reply(status, content, headers[0] if headers else {})
 
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/score", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Scores) as url:
+        yield f"{url}/score", asked
 
 
 def lengths(episodes: list[dict[str, Any]], number: int) -> Answer:
@@ -106,7 +69,7 @@ def ask(url: str, count: int = 1, **options: Any) -> tuple[list[float], Counter[
 
 
 def failure(behave: Behaviour, **options: Any) -> tuple[str, Asked]:
-    with serving(behave) as (url, asked), pytest.raises(UserError) as raised:
+    with scorer(behave) as (url, asked), pytest.raises(UserError) as raised:
         ask(url, **options)
     message = str(raised.value)
     assert message.startswith(f"url={url}: ")
@@ -118,7 +81,7 @@ def test_the_request_and_the_order_of_its_scores() -> None:
         time.sleep(0.3 / number)
         return lengths(given, number)
 
-    with serving(slow_at_first) as (url, asked):
+    with scorer(slow_at_first) as (url, asked):
         found, counts = ask(url, 30)
     assert found == list(range(30)) and not +counts
     assert sorted(len(body["episodes"]) for body in asked.bodies) == [2, 4, 4, 4, 4, 4, 4, 4]
@@ -136,7 +99,7 @@ def test_columns_that_json_does_not_have() -> None:
     import datetime
 
     given = episodes(1, answer=float("nan"), many=[1.5, float("inf"), {"x": "é\ud83d"}], day=datetime.date(2026, 1, 2))
-    with serving(lengths) as (url, asked):
+    with scorer(lengths) as (url, asked):
         score(Server(url=url, batch=1, timeout=5, retries=0), given, Counter())
     assert asked.bodies[0]["episodes"][0]["columns"] == {
         "answer": None,
@@ -150,7 +113,7 @@ def test_a_server_that_fails_and_then_works(status: int) -> None:
     def at_the_third(given: list[dict[str, Any]], number: int) -> Answer:
         return lengths(given, number) if number == 3 else (status, "busy")
 
-    with serving(at_the_third) as (url, asked):
+    with scorer(at_the_third) as (url, asked):
         found, counts = ask(url, 3)
     assert found == [0, 1, 2] and counts == {"retries": 2} and len(asked.bodies) == 3
     first, second = (later - sooner for sooner, later in zip(asked.times, asked.times[1:], strict=False))
@@ -176,7 +139,7 @@ def test_retry_after_is_obeyed(form: str) -> None:
         value = "1" if form == "seconds" else formatdate(time.time() + 2, usegmt=True)  # whole seconds, rounded down
         return lengths(given, number) if number == 2 else (429, "later", {"Retry-After": value})
 
-    with serving(later) as (url, asked):
+    with scorer(later) as (url, asked):
         assert ask(url)[0] == [0]
     assert 0.95 <= asked.times[1] - asked.times[0] < 3
 
@@ -186,7 +149,7 @@ def test_a_retry_after_that_says_nothing(value: str) -> None:
     def later(given: list[dict[str, Any]], number: int) -> Answer:
         return lengths(given, number) if number == 2 else (503, "later", {"Retry-After": value})
 
-    with serving(later) as (url, asked):
+    with scorer(later) as (url, asked):
         assert ask(url)[0] == [0]
     assert asked.times[1] - asked.times[0] < 0.5
 
@@ -196,7 +159,7 @@ def test_a_slow_server() -> None:
         time.sleep(0.5 if number == 1 else 0)
         return lengths(given, number)
 
-    with serving(slow_once) as (url, _):
+    with scorer(slow_once) as (url, _):
         found, counts = ask(url, timeout=0.2)
     assert found == [0] and counts == {"retries": 1}
 
@@ -235,7 +198,7 @@ def test_an_answer_without_scores(content: Any, told: str) -> None:
 
 
 def test_what_is_not_finite_is_given_on() -> None:
-    with serving(lambda given, number: (200, b'{"scores": [NaN, -Infinity]}')) as (url, _):
+    with scorer(lambda given, number: (200, b'{"scores": [NaN, -Infinity]}')) as (url, _):
         found, _ = ask(url, 2)
     assert str(found) == "[nan, -inf]"
 
@@ -254,7 +217,7 @@ def test_a_failure_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_secrets_of_the_url_are_hidden(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    with serving(lambda given, number: (401, "token=hunter2 is wrong")) as (url, asked):
+    with scorer(lambda given, number: (401, "token=hunter2 is wrong")) as (url, asked):
         secret = url.replace("http://", "http://me:hunter2@") + "?api_key=hunter2"
         with pytest.raises(UserError) as raised:
             ask(secret)

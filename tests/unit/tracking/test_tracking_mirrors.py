@@ -9,14 +9,13 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers_servers import Handler, serving
 from helpers_tracking import HF_TOKEN, clean_environment, drive, open_plain, run_on_terminal
 from PIL import Image
 
@@ -192,22 +191,14 @@ def test_wandb_gets_the_pictures_as_they_were_at_their_step(tmp_path: Path) -> N
     assert files == {hashes[3], hashes[4]}
 
 
-class FakeWandb(BaseHTTPRequestHandler):
+class FakeWandb(Handler):
     """As much of the wandb server as a run needs: it creates and resumes runs and collects their history."""
 
     histories: dict[str, list[str]]
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
     def answer(self, content: object) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.reply(200, content, {"Content-Type": "application/json"})
 
     def do_POST(self) -> None:
         request = (
@@ -261,11 +252,8 @@ class FakeWandb(BaseHTTPRequestHandler):
 @pytest.fixture
 def wandb_server() -> Iterator[tuple[str, dict[str, list[str]]]]:
     FakeWandb.histories = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeWandb)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", FakeWandb.histories
-    server.shutdown()
-    server.server_close()
+    with serving(FakeWandb) as url:
+        yield url, FakeWandb.histories
 
 
 def test_wandb_online_run_is_continued_without_repeating_steps(
