@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rlhf_pipeline.data.packing import Segment
 
-# A batch is split where padding its segments to the longest would compute more query-key pairs in vain than this, and than
-# this share of all of them: by then another batch costs less.
+# A segment begins another batch where padded to the size of this one it would compute more query-key pairs in vain than
+# this, and than this share of all of its pairs: by then another batch costs less.
 WASTE = 2048
 WASTED_SHARE = 0.3
 # In bf16, a product of a shape that was not seen before compiles a kernel, for longer than a batch takes: lengths are
@@ -32,10 +32,12 @@ MOST_PAIRS = 2**18  # of a batch, unless a segment alone has more: what is there
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentBatch:
-    """Segments side by side. Padding reads token 0, blocked as a key, and is written to a token N that nobody reads."""
+    """Segments side by side. Padding reads token 0, blocked as a key; gradients have a token N for it, which is dropped."""
 
-    queries: Tensor  # int64 [S, Q], places among the N tokens; padding N
-    keys: Tensor  # int64 [S, K]: the prompt, where it lies apart, and then the segment itself; padding N
+    queries: Tensor  # int64 [S, Q], places among the N tokens
+    keys: Tensor  # int64 [S, K]: the prompt, where it lies apart, and then the segment itself
+    query_grads: Tensor  # `queries` with N for padding
+    key_grads: Tensor  # int64 [S * K], `keys` likewise
     mask: Tensor  # [S or 1, 1, 1, Q, K], additive
     shares_keys: bool  # a token may be a key of several segments
 
@@ -80,8 +82,8 @@ class _Attend(torch.autograd.Function):
         count, heads, key_heads = len(query), query.shape[1], key.shape[1]
         outputs, kept = [], []
         for batch in plan.batches:
-            q = _gather(query, batch.queries % count, key_heads).mul_(scale)  # [S * k, g * Q, D]
-            k, v = _gather(key, batch.keys % count, key_heads), _gather(value, batch.keys % count, key_heads)
+            q = _gather(query, batch.queries, key_heads).mul_(scale)  # [S * k, g * Q, D]
+            k, v = _gather(key, batch.keys, key_heads), _gather(value, batch.keys, key_heads)
             scores = torch.bmm(q, k.transpose(1, 2)).view(len(batch.queries), key_heads, -1, *batch.mask.shape[3:])
             probabilities = softmax(scores.add_(batch.mask)).view(len(q), -1, k.shape[1])
             drop = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
@@ -93,29 +95,34 @@ class _Attend(torch.autograd.Function):
         return torch.cat(outputs).index_select(0, plan.places).view(count, heads, -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (count, heads, width), (_, key_heads, _), (_, _, value_width) = ctx.shapes
         saved = ctx.saved_tensors  # once: checkpointing computes them at each look
-        grad = torch.cat([grads[0], grads[0].new_zeros(1, heads, value_width)])  # of padding: nothing
+        grad = torch.cat([outer[0], outer[0].new_zeros(1, heads, value_width)])  # of padding: nothing
         of_query = grad.new_zeros(count + 1, heads * width)
-        of_key, of_value = (grad.new_zeros(count + 1, key_heads * one) for one in (width, value_width))
+        of_pair = grad.new_zeros(count + 1, key_heads * (width + value_width))  # of keys and values
         for i, batch in enumerate(ctx.plan.batches):
             q, k, v, probabilities, drop = saved[5 * i : 5 * i + 5]
-            g = _gather(grad, batch.queries, key_heads)
+            g = _gather(grad, batch.query_grads, key_heads)
             of_probabilities = torch.bmm(g, v.transpose(1, 2))
             seen = probabilities if drop is None else probabilities * drop
             if drop is not None:
                 of_probabilities *= drop
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, q.dtype)
             part = _ungather(torch.bmm(of_scores, k), batch.queries, key_heads).mul_(ctx.scale)
-            of_query.index_copy_(0, batch.queries.flatten(), part)
-            for total, part in (
-                (of_key, torch.bmm(of_scores.transpose(1, 2), q)),
-                (of_value, torch.bmm(seen.transpose(1, 2), g)),
-            ):
-                _add(total, batch, _ungather(part, batch.keys, key_heads))
-        shaped = (one[:-1].view(shape) for one, shape in zip((of_query, of_key, of_value), ctx.shapes, strict=True))
-        return (*shaped, None, None, None)
+            of_query.index_copy_(0, batch.query_grads.flatten(), part)
+            pair = [
+                _ungather(torch.bmm(of_scores.transpose(1, 2), q), batch.keys, key_heads),
+                _ungather(torch.bmm(seen.transpose(1, 2), g), batch.keys, key_heads),
+            ]
+            if batch.shares_keys:  # an embedding's gradient: on a CPU several times faster than index_add_
+                add = torch.ops.aten.embedding_dense_backward
+                of_pair += add(torch.cat(pair, 1), batch.key_grads, count + 1, -1, False)
+            else:  # beginnings of trees, which come first
+                of_pair.index_copy_(0, batch.key_grads, torch.cat(pair, 1))
+        of_key, of_value = of_pair[:-1].split([key_heads * width, key_heads * value_width], 1)
+        grads = (one.reshape(shape) for one, shape in zip((of_query[:-1], of_key, of_value), ctx.shapes, strict=True))
+        return (*grads, None, None, None)
 
 
 def _gather(tensor: Tensor, places: Tensor, key_heads: int) -> Tensor:
@@ -129,15 +136,6 @@ def _ungather(tensor: Tensor, places: Tensor, key_heads: int) -> Tensor:
     count, length = places.shape
     rows = tensor.view(count, key_heads, -1, length, tensor.shape[2]).permute(0, 3, 1, 2, 4)
     return rows.reshape(count * length, -1)
-
-
-def _add(total: Tensor, batch: SegmentBatch, part: Tensor) -> None:
-    """Add [S * K, k * D] to the rows of its keys."""
-    places = batch.keys.flatten()
-    if batch.shares_keys:  # an embedding's gradient: on a CPU several times faster than index_add_
-        total += torch.ops.aten.embedding_dense_backward(part, places, len(total), -1, False)
-    else:
-        total[places] += part
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -207,8 +205,10 @@ def plan_batches(
         offset += queries.size
         batches.append(
             SegmentBatch(
-                queries=torch.from_numpy(queries).to(device),
-                keys=torch.from_numpy(keys).to(device),
+                queries=torch.from_numpy(queries % padding).to(device),
+                keys=torch.from_numpy(keys % padding).to(device),
+                query_grads=torch.from_numpy(queries).to(device),
+                key_grads=torch.from_numpy(keys.ravel()).to(device),
                 mask=mask[:, None, None].to(device),
                 shares_keys=bool(prompt.any()),
             )
@@ -236,7 +236,7 @@ def _alike(segments: Sequence[Segment], chosen: Sequence[Queries], dtype: torch.
     groups: list[list[Queries]] = []
     for further in (False, True):
         members: list[Queries] = []
-        longest = most = pairs = 0
+        longest = most = 0
         sized = [
             (keys_before(segments, one) + one.count, one.count, one)
             for one in chosen
@@ -244,15 +244,12 @@ def _alike(segments: Sequence[Segment], chosen: Sequence[Queries], dtype: torch.
         ]
         for keys, queries, one in sorted(sized, reverse=True):
             size = rounded(max(longest, queries), dtype) * rounded(max(most, keys), dtype)
-            padded = (len(members) + 1) * size
-            # What rounding alone adds is not the batch's.
-            alone = rounded(queries, dtype) * rounded(keys, dtype)
-            wasted = padded - pairs - alone
-            if members and (wasted > max(WASTE, WASTED_SHARE * padded) or padded > MOST_PAIRS):
+            wasted = size - rounded(queries, dtype) * rounded(keys, dtype)
+            if members and (wasted > max(WASTE, WASTED_SHARE * size) or (len(members) + 1) * size > MOST_PAIRS):
                 groups.append(members)
-                members, longest, most, pairs = [], 0, 0, 0
+                members, longest, most = [], 0, 0
             members = [*members, one]
-            longest, most, pairs = max(longest, queries), max(most, keys), pairs + alone
+            longest, most = max(longest, queries), max(most, keys)
         if members:
             groups.append(members)
     return groups

@@ -2,16 +2,15 @@
 
 Both sides train the same random-initialised Llama policy against the same random classifier, which scores and from which
 the value model starts, with a frozen reference: four models of one shape. Prompts are those of HH harmless dialogues (Bai
-et al. 2022), at most 256 tokens. An iteration draws 64 answers at temperature 1 and makes 4 epochs of updates of 16
-episodes, 16 updates. Two policies: one never draws the end token, so that all answers have exactly 64 tokens; one ends
-them with a probability of 1/32 a token, as a fine-tuned model does, so that they have 28 on average (see `build`). Both
-sides whiten advantages, clip ratios and values at 0.2, and take a KL penalty of 0.05 from the rewards. We clip gradients,
-TRL does not. TRL's PPO left it after version 1.12, which lives in an environment that this script makes.
+et al. 2022), at most 256 tokens. An iteration draws 64 answers of exactly 64 tokens at temperature 1 (end and padding
+tokens are never drawn, see `build`) and makes 4 epochs of updates of 16 episodes, 16 updates. Both whiten advantages, clip
+ratios and values at 0.2, and take a KL penalty of 0.05 from the rewards. We clip gradients, TRL does not. TRL's PPO left
+it after version 1.12, which lives in an environment that this script makes.
 
-First a check, in fp32, of the first iteration, with answers that do not end: on both sides the KL to the reference must be
-0, the entropy that of the same model, the tokens trained on and the updates equally many. Rewards and losses cannot be the
-same: the answers are not. Then runs take turns, several rounds; figures are medians. What is counted is episodes a second,
-by the clock on the wall, from the end of the first iteration on, and peak resident memory.
+First a check, in fp32, of the first iteration: on both sides the KL to the reference must be 0, the entropy that of the
+same model, the tokens trained on and the updates equally many. Rewards and losses cannot be the same: the answers are
+not. Then runs take turns, several rounds; figures are medians. What is counted is episodes a second, by the clock on
+the wall, from the end of the first iteration on, and peak resident memory.
 
 Last, sampling alone beside transformers' `generate` (`ppo_rollout.py`).
 """
@@ -19,7 +18,6 @@ Last, sampling alone beside transformers' `generate` (`ppo_rollout.py`).
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import subprocess
 import sys
@@ -52,9 +50,6 @@ ITERATION_SECONDS = "time/iteration_seconds"
 NO_KL = 1e-3  # nats a response, in fp32
 SAME_ENTROPY = 0.05  # nats a token: means over other samples
 
-END = {"full": 0.0, "ending": 1 / 32}  # policy -> the probability that a token is the last one
-END_CHANNEL = 3.96  # of the policy's last hidden states, see `build`
-
 TRL_RUNS = {
     "TRL as shipped": [],
     "TRL as shipped, autocast": ["--dtype", "autocast"],
@@ -68,7 +63,6 @@ OUR_RUNS = {"rlhf ppo, bf16": "bfloat16", "rlhf ppo, fp32": "float32"}
 def main() -> None:
     parser = parser_of(__doc__, seconds=30.0, sizes=["small"], work="bench-ppo")
     parser.add_argument("--skip", type=int, default=1, help="iterations of each run before the timing starts")
-    parser.add_argument("--policies", nargs="+", default=list(END), choices=list(END))
     parser.add_argument("--parts", nargs="+", default=["check", "train", "rollout"])
     arguments = parser.parse_args()
     install_trl(TRL_PPO_PYTHON, "requirements-ppo.txt")
@@ -81,7 +75,7 @@ def main() -> None:
         report(take_turns(runs, rounds=arguments.rounds, work=arguments.work, only=arguments.only), arguments)
     if "rollout" in arguments.parts:
         for size in arguments.sizes:
-            files = ["--model", str(arguments.work / size / "full"), "--data", str(arguments.work / "prompts.jsonl")]
+            files = ["--model", str(arguments.work / size / "policy"), "--data", str(arguments.work / "prompts.jsonl")]
             options = ["--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
             subprocess.run([sys.executable, HERE / "ppo_rollout.py", *files, *options], check=True)
 
@@ -98,39 +92,35 @@ def prepare(source: Path, arguments: argparse.Namespace) -> None:
 
 
 def build(size: str, tokenizer: Any, work: Path) -> None:
-    """The policies, alike but for how likely they end an answer, and a classifier.
+    """A policy that never draws an end or padding token, and a classifier.
 
-    Of a policy's embeddings, which are also its output's, one channel is the same for all words, so that it is there in
-    every hidden state, where it is about 4. That of padding points the other way, which makes it e^-40 times as likely as
-    another word; that of the end token makes it as likely as is wanted.
+    Of the policy's embeddings, which are also its output's, one channel is the same for all words, so that it is there in
+    every hidden state; that of the two tokens points the other way, which makes them e^-40 times as likely as others.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = llama(size, tokenizer)
-    for name, end in END.items():
-        torch.manual_seed(0)
-        policy = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            words = policy.get_input_embeddings().weight
-            words[:, 0] = 0.1
-            words[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -10.0
-            if end:
-                words[tokenizer.eos_token_id, 0] = 0.1 + math.log(end * len(words) / (1 - end)) / END_CHANNEL
-        policy.save_pretrained(work / size / name)
-        tokenizer.save_pretrained(work / size / name)
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        words = policy.get_input_embeddings().weight
+        words[:, 0] = 0.1
+        words[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -10.0
+    policy.save_pretrained(work / size / "policy")
     config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(config)
     torch.nn.init.normal_(classifier.score.weight, std=(config.hidden_size + 1) ** -0.5)
     classifier.save_pretrained(work / size / "reward")
-    tokenizer.save_pretrained(work / size / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(work / size / name)
 
 
-def overrides(arguments: argparse.Namespace, size: str, *, policy: str = "full", dtype: str) -> list[str]:
+def overrides(arguments: argparse.Namespace, size: str, *, dtype: str) -> list[str]:
     """The config of our side, apart from where its runs are."""
     reward = arguments.work / size / "reward"
     return [
-        f"model.path={arguments.work / size / policy}",
+        f"model.path={arguments.work / size / 'policy'}",
         f"model.dtype={dtype}",
         f"+rewards.rm.model.path={reward}",
         f"+rewards.rm.model.dtype={dtype}",
@@ -177,7 +167,7 @@ def check(arguments: argparse.Namespace) -> None:
     size = arguments.sizes[0]
     mine = first_of_ours(arguments, size)
     short = ["--skip", 1, "--max-seconds", 0]
-    result = run_trl("trl_ppo.py", [*trl_options(arguments, size, "full"), *short], TRL_PPO_PYTHON)
+    result = run_trl("trl_ppo.py", [*trl_options(arguments, size), *short], TRL_PPO_PYTHON)
     theirs = {name: result[f"first_{name}"] for name in mine}
     for side, found in {"ours": mine, "TRL": theirs}.items():
         print(f"first iteration in fp32, {side}: " + ", ".join(f"{k} {v:,.4f}" for k, v in found.items()), flush=True)
@@ -206,16 +196,15 @@ def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[st
     """Name -> a function that runs it once."""
     found: dict[str, Callable[[], dict[str, float]]] = {}
     for size in arguments.sizes:
-        for policy in arguments.policies:
-            for name, dtype in OUR_RUNS.items():
-                found[f"{size}, {policy} | {name}"] = partial(ours, arguments, size, policy, dtype)
-            for name, options in TRL_RUNS.items():
-                found[f"{size}, {policy} | {name}"] = partial(trl, arguments, size, policy, options)
+        for name, dtype in OUR_RUNS.items():
+            found[f"{size} | {name}"] = partial(ours, arguments, size, dtype)
+        for name, options in TRL_RUNS.items():
+            found[f"{size} | {name}"] = partial(trl, arguments, size, options)
     return found
 
 
-def ours(arguments: argparse.Namespace, size: str, policy: str, dtype: str) -> dict[str, float]:
-    chosen = overrides(arguments, size, policy=policy, dtype=dtype)
+def ours(arguments: argparse.Namespace, size: str, dtype: str) -> dict[str, float]:
+    chosen = overrides(arguments, size, dtype=dtype)
     run = run_ours(
         "ppo",
         chosen,
@@ -231,7 +220,6 @@ def ours(arguments: argparse.Namespace, size: str, policy: str, dtype: str) -> d
         "episodes_per_cpu_second": episodes / (run.cpu_seconds or float("nan")),
         "peak_memory_gb": run.lines[-1]["time/peak_memory_gb"],
         "iterations_timed": run.cpu_steps,
-        "length": statistics.mean(line["rollout/length"] for line in run.timed),
         **{
             f"{phase}_seconds": statistics.median(line[f"time/{phase}_seconds"] for line in run.timed)
             for phase in phases
@@ -239,25 +227,24 @@ def ours(arguments: argparse.Namespace, size: str, policy: str, dtype: str) -> d
     }
 
 
-def trl_options(arguments: argparse.Namespace, size: str, policy: str) -> list[Any]:
+def trl_options(arguments: argparse.Namespace, size: str) -> list[Any]:
     folder = arguments.work / size
-    files = ["--policy", folder / policy, "--reward-model", folder / "reward"]
+    files = ["--policy", folder / "policy", "--reward-model", folder / "reward"]
     sizes = ["--episodes", EPISODES, "--minibatch", MINIBATCH, "--epochs", EPOCHS, "--tokens", TOKENS]
     return [*files, "--data", arguments.work / "prompts.jsonl", *sizes, "--threads", arguments.threads]
 
 
-def trl(arguments: argparse.Namespace, size: str, policy: str, options: list[str]) -> dict[str, float]:
+def trl(arguments: argparse.Namespace, size: str, options: list[str]) -> dict[str, float]:
     timed = ["--skip", arguments.skip, "--max-seconds", arguments.seconds]
-    result = run_trl("trl_ppo.py", [*trl_options(arguments, size, policy), *timed, *options], TRL_PPO_PYTHON)
-    names = ["episodes_per_second", "episodes_per_cpu_second", "peak_memory_gb", "iterations_timed", "length"]
-    names += ["padding_fraction"]
+    result = run_trl("trl_ppo.py", [*trl_options(arguments, size), *timed, *options], TRL_PPO_PYTHON)
+    names = ("episodes_per_second", "episodes_per_cpu_second", "peak_memory_gb", "iterations_timed", "padding_fraction")
     return {name: result[name] for name in names}
 
 
 def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     """The table; then what our side's speed is to TRL's, the median over the rounds."""
     print(f"\n{machine()}; {arguments.threads} threads; medians of {len(next(iter(results.values())))}\n")
-    print("| size, policy | run | episodes/s | min-max | episodes/CPU second | peak GB |")
+    print("| size | run | episodes/s | min-max | episodes/CPU second | peak GB |")
     print("|---" * 6 + "|")
     speeds: dict[str, list[float]] = {}
     for name, rounds in results.items():
@@ -269,9 +256,9 @@ def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
         print(f"| {name} | {spread} | {cpu:.2f} | {memory:.2f} |")
     print()
     for name, mine in speeds.items():
-        problem, _, run = name.partition(" | ")
+        size, _, run = name.partition(" | ")
         for other, its in speeds.items():
-            if run in OUR_RUNS and other in (f"{problem} | {one}" for one in TRL_RUNS):
+            if run in OUR_RUNS and other in (f"{size} | {one}" for one in TRL_RUNS):
                 ratio = statistics.median(a / b for a, b in zip(mine, its, strict=True))
                 print(f"{name}, is {ratio:.2f} of {other.partition(' | ')[2]}")
     for name, rounds in results.items():

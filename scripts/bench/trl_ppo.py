@@ -6,8 +6,8 @@ which the value model starts too, on a JSONL file of tokenised prompts (`input_i
 last line of output.
 
 TRL runs as it ships: what `settings` does not name keeps TRL's default. Prompts are padded on the left to the longest of
-the iteration; answers are drawn by `generate` of transformers, all at once, until each has ended or has its full length.
-Value model and policy are one module with one optimiser, AdamW fused. `PPOTrainer` never turns gradient
+the iteration; answers are drawn by `generate` of transformers, all at once; without a stop token every answer has its full
+length. Value model and policy are one module with one optimiser, AdamW fused. `PPOTrainer` never turns gradient
 checkpointing on. With one accumulation step, as here, every minibatch is an update; with more, minibatches would be
 gathered into less updates than asked for.
 
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=64, help="in an iteration")
     parser.add_argument("--minibatch", type=int, default=16, help="episodes in an update")
     parser.add_argument("--epochs", type=int, default=4, help="over an iteration's episodes")
-    parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
+    parser.add_argument("--tokens", type=int, default=64, help="of every response")
     parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory")
     parser.add_argument("--skip", type=int, default=1, help="iterations before the timing starts")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="timed, and the iteration that exceeds them")
@@ -61,7 +61,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_mini_batches": arguments.episodes // arguments.minibatch,
         "num_ppo_epochs": arguments.epochs,
         "response_length": arguments.tokens,
-        "stop_token": "eos",
         "temperature": 1.0,
         "total_episodes": 100_000 * arguments.episodes,
         "num_sample_generations": 0,
@@ -136,7 +135,6 @@ def figures(records: list[dict[str, float]], arguments: argparse.Namespace) -> d
         "episodes_per_second": done * arguments.episodes / timed["time"] if done else 0.0,
         "episodes_per_cpu_second": done * arguments.episodes / cpu if done else 0.0,
         "iterations_timed": done,
-        "length": timed["trained_tokens"] / (done * arguments.episodes * arguments.epochs) if done else 0.0,
         "seconds_timed": timed["time"],
         "peak_memory_gb": peak_memory_gb(),
         "first_iteration_seconds": first["start"],

@@ -138,8 +138,9 @@ def test_like_sizes_share_a_batch_and_beginnings_are_apart() -> None:
     chosen = tuple(segment_batches.whole(RANKINGS)[i] for i in (0, 1, 2, 7))
     plan = segment_batches.plan_batches(RANKINGS, chosen, (), torch.float32, torch.device("cpu"))
     assert [tuple(batch.mask.shape) for batch in plan.batches] == [(1, 1, 1, 7, 7), (3, 1, 1, 5, 7)]
+    assert [41 in row for row in plan.batches[1].key_grads.view(3, 7).tolist()] == [False, True, True]  # padding
     # Prompt and segment of 1: the first four tokens of segment 0, then the three of its own.
     assert [row for row in plan.batches[1].keys.tolist() if row[0] == 0] == [
         [0, 1, 2, 3, 7, 8, 9],
-        [0, 1, 2, 3, 10, 41, 41],  # padding
+        [0, 1, 2, 3, 10, 0, 0],
     ]
