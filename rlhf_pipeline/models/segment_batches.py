@@ -23,7 +23,7 @@ from rlhf_pipeline.data.packing import Segment
 # A segment begins another batch where padded to the size of this one it would compute more query-key pairs in vain than
 # this, and than this share of all of its pairs: by then another batch costs less.
 WASTE = 2048
-WASTED_SHARE = 0.3
+WASTED_SHARE = 0.1
 # In bf16, a product of a shape that was not seen before compiles a kernel, for longer than a batch takes: lengths are
 # rounded up to one of so many between a power of two and the next.
 SIZES = 8
