@@ -91,10 +91,10 @@ $(DIR)/evaluated/%: $(MODELS)
 	@mkdir -p $(@D) && touch $@
 
 test: setup ## all tests but the long matrices, under ten minutes on two cores
-	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+	$(PYTEST) -m "not slow" -n 3 --dist worksteal
 
 test-full: setup ## the long matrices too
-	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) -n 3 --dist worksteal
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
