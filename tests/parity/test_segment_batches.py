@@ -134,6 +134,27 @@ def test_dropout_drops_probabilities_and_keeps_their_mean(monkeypatch: pytest.Mo
     assert abs(float(out.mean()) - 1.0) < 0.1
 
 
+def test_gradients_under_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against differences, each of the same draws."""
+    monkeypatch.setattr(paths_module, "MANY", 1)
+
+    def attention(*states: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return paths_module.path_attention(None, *states, None, tree_segments=RANKINGS[:3], dropout=0.4)[0]
+
+    generator = torch.Generator().manual_seed(3)
+    states = [torch.randn(1, 2, 11, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(attention, states)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 1), (16, 16), (17, 18), (31, 32), (33, 36), (128, 128), (129, 144), (1000, 1024)]
+)
+def test_lengths_are_rounded_to_few(length: int, expected: int) -> None:
+    assert segment_batches.rounded(length, torch.bfloat16) == expected
+    assert segment_batches.rounded(length, torch.float32) == length
+
+
 def test_like_sizes_share_a_batch_and_beginnings_are_apart() -> None:
     chosen = tuple(segment_batches.whole(RANKINGS)[i] for i in (0, 1, 2, 7))
     plan = segment_batches.plan_batches(RANKINGS, chosen, (), torch.float32, torch.device("cpu"))
