@@ -73,9 +73,8 @@ def _attention(shape: Shape, rows: Rows) -> float:
     """Queries, keys, values, the output; in batches of paths the probabilities, for each path a copy of the output."""
     w, tokens = rows.width, rows.tokens
     batched = rows.attention is Attention.paths and w == 2 and rows.row_length <= LONGEST_MATRIX
-    keys = (
-        shape.keys if batched or rows.attention is Attention.block else shape.queries
-    )  # others repeat them for every head
+    shared = batched or rows.attention is Attention.block  # the others repeat keys and values for every head
+    keys = shape.keys if shared else shape.queries
     elements = float(w * tokens * (2 * shape.queries + 2 * keys))
     if batched:
         elements += w * shape.heads * rows.row_length * tokens
