@@ -69,13 +69,18 @@ def together(
 
 
 def wait_for_all() -> None:
-    """In a process of a run that has met: wait until every other one has come to this line."""
+    """In a process of a run that has met: wait until every other one has come to this line.
+
+    The first process keeps the store, so it is the last to go on: the others have seen that all are here by then.
+    """
     from rlhf_pipeline import peers
 
     store = peers.meet(TIMEOUT)
+    size = peers.place().size
     store.add("here", 1)
-    while store.add("here", 0) < peers.place().size:
+    while store.add("here", 0) < size or (peers.place().rank == 0 and store.add("seen", 0) < size - 1):
         time.sleep(0.01)
+    store.add("seen", 1)
 
 
 def _be(act: Callable[[], object], environment: dict[str, str], log: Path, namespace: str | None) -> None:
