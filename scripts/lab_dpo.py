@@ -100,9 +100,10 @@ def divergences(policies: dict[str, dict[int, Path]]) -> dict[str, float]:
 
     from rlhf_pipeline.config.ppo import RolloutConfig
     from rlhf_pipeline.config.schema import LabConfig, PromptsConfig, ReadyModelConfig, TokenizerConfig
-    from rlhf_pipeline.evaluation.implicit import log_probabilities, open_policy
+    from rlhf_pipeline.evaluation.implicit import log_probabilities
     from rlhf_pipeline.generation.load import open_renderer
     from rlhf_pipeline.generation.prompts import read_prompts
+    from rlhf_pipeline.models.ready import open_policy
     from rlhf_pipeline.rollout import roll_out
 
     renderer = open_renderer(ReadyModelConfig(path=str(SFT)), TokenizerConfig())

@@ -188,8 +188,9 @@ def print_kl(policy: str, reference: str, prompts: Path, max_new_tokens: int) ->
 
     from rlhf_pipeline.config.ppo import RolloutConfig
     from rlhf_pipeline.config.schema import Dtype, LongPrompt, PromptsConfig, ReadyModelConfig, TokenizerConfig
-    from rlhf_pipeline.generation.load import open_model, open_renderer
+    from rlhf_pipeline.generation.load import open_renderer
     from rlhf_pipeline.generation.prompts import read_prompts
+    from rlhf_pipeline.models.ready import open_model
     from rlhf_pipeline.rollout import roll_out
 
     configs = [ReadyModelConfig(path=path, dtype=Dtype.float32) for path in (policy, reference)]

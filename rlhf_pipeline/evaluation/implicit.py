@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
-from rlhf_pipeline.config.schema import Attention, ReadyModelConfig, TokenizerConfig
-from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.generation.load import open_model
-from rlhf_pipeline.models.load import best_attention
-from rlhf_pipeline.models.self_check import self_check
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel
 from rlhf_pipeline.scoring.rewards import Tick, micro_batches
 
@@ -64,51 +58,6 @@ def reference_of(path: str, given: str | None) -> str:
 def _is_missing(path: str) -> bool:
     """Whether it can only be a folder of this disk, and is none."""
     return (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir()
-
-
-def check_same_words(policy: Any, reference: str, config: TokenizerConfig) -> None:
-    """Refuse a reference to which the policy's tokens are other words. Tokens that the policy has more are no matter.
-
-    Args:
-        policy: its tokenizer.
-
-    Raises:
-        UserError: naming a token that differs.
-    """
-    ours = policy.get_vocab()
-    theirs = open_tokenizer(reference, config).get_vocab()
-    other = next((token for token, number in theirs.items() if ours.get(token) != number), None)
-    if other is not None:
-        raise UserError(
-            f"its tokenizer is another one ({other!r} is no token of the policy's, or has another number), so that the two "
-            "cannot rate the same tokens; name the model that the policy was trained from with reference=..."
-        )
-
-
-def context_of(path: str) -> int | None:
-    """Tokens of a prompt and its answer that a model was built for; None where that is not bounded."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):  # whoever opens the model says what is wrong with it
-        return None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def open_policy(
-    config: ReadyModelConfig, tokenizer: Any, device: torch.device, *, attention: Attention = Attention.auto
-) -> TreeModel:
-    """A finished policy in evaluation mode on `device`, over packed trees, checked.
-
-    Raises:
-        UserError: when it cannot be opened, or cannot run packed trees.
-    """
-    inner = open_model(config, tokenizer, str(device)).requires_grad_(False)
-    policy = TreeModel(inner).eval()
-    policy.use_attention(best_attention(attention, policy, device, dropout=0.0))
-    self_check(policy, device)
-    return policy
 
 
 @torch.no_grad()

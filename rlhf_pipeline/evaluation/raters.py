@@ -24,15 +24,10 @@ from rlhf_pipeline.data.lab.labelers import LABELERS, Labeler
 from rlhf_pipeline.data.lab_files import PREFIX
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.implicit import (
-    check_same_words,
-    context_of,
-    log_probabilities,
-    open_policy,
-    reference_of,
-)
+from rlhf_pipeline.evaluation.implicit import log_probabilities, reference_of
 from rlhf_pipeline.generation.load import open_renderer
 from rlhf_pipeline.generation.progress import Meter
+from rlhf_pipeline.models.ready import check_same_words, context_of, open_policy
 from rlhf_pipeline.scoring.answers import Answered, Unusable, settle
 from rlhf_pipeline.scoring.rewards import Encoded, Tick, encode, encode_rows, open_scorer, score
 

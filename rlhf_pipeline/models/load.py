@@ -1,6 +1,6 @@
 """Opens models: policies and reward models to train, from a folder, a hub id or a shape, and finished reward models.
 
-With no dropout unless asked; under ZeRO-3 partitioned as they are built. Policies to sample from: `generation.load`.
+With no dropout unless asked; under ZeRO-3 partitioned as they are built. Policies to sample from: `models.ready`.
 """
 
 from __future__ import annotations

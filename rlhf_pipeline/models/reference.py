@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf_pipeline.config.schema import ReadyModelConfig
 from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.implicit import check_same_words, open_policy
 from rlhf_pipeline.models.lora import adapters_off
+from rlhf_pipeline.models.ready import check_same_words, open_policy
 from rlhf_pipeline.models.tree_model import TreeModel
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from rlhf_pipeline import runtime
 from rlhf_pipeline.config.stages import ChatConfig
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.generation.conversation import Conversation
-from rlhf_pipeline.generation.load import content_hash, open_model, open_renderer
+from rlhf_pipeline.generation.load import content_hash, open_renderer
+from rlhf_pipeline.models.ready import open_model
 
 HELP = """\
 /reset          begin again; the system message stays

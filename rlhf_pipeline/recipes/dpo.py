@@ -35,11 +35,11 @@ from rlhf_pipeline.engine import Engine
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.answering import held_out_policies
 from rlhf_pipeline.evaluation.direct import HeldOutPreferences, fallen
-from rlhf_pipeline.evaluation.implicit import context_of
 from rlhf_pipeline.evaluation.judged import Judged, open_judged
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts
 from rlhf_pipeline.functional.terms import Term
 from rlhf_pipeline.generation.prompt_sets import heldout_prompts
+from rlhf_pipeline.models.ready import context_of
 from rlhf_pipeline.models.reference import Reference, open_reference
 from rlhf_pipeline.models.trained import open_trained_policy
 from rlhf_pipeline.models.tree_model import TreeBatch, TreeModel

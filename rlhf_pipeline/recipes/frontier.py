@@ -27,12 +27,12 @@ from rlhf_pipeline.evaluation import frontier as points
 from rlhf_pipeline.evaluation.divergence import Divergence
 from rlhf_pipeline.evaluation.diversity import Diversity, diversity
 from rlhf_pipeline.evaluation.frontier import BEST_OF, Checkpoint, Point
-from rlhf_pipeline.evaluation.implicit import check_same_words, context_of, open_policy
 from rlhf_pipeline.evaluation.matching import match
 from rlhf_pipeline.evaluation.raters import Sort, naming, progress, sort_of
 from rlhf_pipeline.evaluation.selection import check_same_prompts, to_score
 from rlhf_pipeline.generation.load import open_renderer
 from rlhf_pipeline.generation.prompts import Asked, read_prompts
+from rlhf_pipeline.models.ready import check_same_words, context_of, open_policy
 from rlhf_pipeline.recipes.answers import Line, answers, results_folder, save, tell_files
 from rlhf_pipeline.scoring import sources as scoring
 from rlhf_pipeline.scoring.episodes import Episode

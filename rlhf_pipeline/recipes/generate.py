@@ -23,9 +23,10 @@ from rlhf_pipeline.files import disk_errors, write_json
 from rlhf_pipeline.generation import responses
 from rlhf_pipeline.generation.cache import Family
 from rlhf_pipeline.generation.decode import LENGTH, STOP, Completion, Question, completions
-from rlhf_pipeline.generation.load import content_hash, open_model, open_renderer
+from rlhf_pipeline.generation.load import content_hash, open_renderer
 from rlhf_pipeline.generation.progress import Meter
 from rlhf_pipeline.generation.prompts import STDIN, Asked, Prompts, read_prompts
+from rlhf_pipeline.models.ready import open_model
 from rlhf_pipeline.run import open_run
 from rlhf_pipeline.scoring import best_of
 from rlhf_pipeline.scoring import sources as scoring

@@ -32,12 +32,12 @@ from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.ema import Ema
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.answering import held_out_policies
-from rlhf_pipeline.evaluation.implicit import context_of
 from rlhf_pipeline.evaluation.judged import Judged, open_judged
 from rlhf_pipeline.evaluation.policy import HeldOutPrompts
 from rlhf_pipeline.fit import Schedule, Stopped, is_handed_over, last_evaluation
 from rlhf_pipeline.generation.prompt_sets import PromptSet, prompt_sets
 from rlhf_pipeline.generation.prompts import Asked
+from rlhf_pipeline.models.ready import context_of
 from rlhf_pipeline.ppo import updates
 from rlhf_pipeline.ppo.clock import Clock
 from rlhf_pipeline.ppo.experience import Control, Experience, evaluate, measured, shape

@@ -21,8 +21,9 @@ from rlhf_pipeline.config.schema import ModelConfig, ReadyModelConfig, Tokenizer
 from rlhf_pipeline.data.chat_templates import load_template
 from rlhf_pipeline.errors import UserError, cannot_open
 from rlhf_pipeline.files import sealed
-from rlhf_pipeline.generation.load import content_hash, open_model, open_renderer
+from rlhf_pipeline.generation.load import content_hash, open_renderer
 from rlhf_pipeline.models.load import load_policy, open_reward_model
+from rlhf_pipeline.models.ready import open_model
 
 Change = Callable[[Path], object]
 Refused = Callable[..., str]

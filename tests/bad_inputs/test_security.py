@@ -31,8 +31,9 @@ from rlhf_pipeline.data.tokenizer import open_tokenizer
 from rlhf_pipeline.direct import reference
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.files import sha256, write_json
-from rlhf_pipeline.generation.load import open_model, open_renderer
+from rlhf_pipeline.generation.load import open_renderer
 from rlhf_pipeline.models.load import load_policy
+from rlhf_pipeline.models.ready import open_model
 from rlhf_pipeline.tracking.redaction import redact
 
 PACKAGE = Path(rlhf_pipeline.__file__).parent

@@ -1,4 +1,4 @@
-"""`rlhf dpo` as a user runs it: a plain loop's numbers, every objective, the reference, what is handed over, and resume."""
+"""`rlhf dpo` as a user runs it: the numbers of a plain loop, every objective, what is measured and handed over."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import gzip
 import json
 import math
 import os
-import random
-import re
 import shutil
-import signal
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
-from helpers_direct import (
-    WITH_REFERENCE,
-    Curve,
-    frozen_logprobs,
-    plain_objective,
-    plain_training,
-    read_rows,
+from helpers_direct import WITH_REFERENCE, frozen_logprobs, plain_objective, read_rows
+from helpers_dpo import (
+    BATCH,
+    CASES,
+    DPO,
+    FILES,
+    KTO,
+    LAST,
+    QUICK,
+    SEED,
+    made,
+    make_folder,
+    manifest,
+    objective_of,
+    plain,
+    said,
 )
 from helpers_runs import (
-    DPO_ON_FILES,
     REPOSITORY,
     TINY_RUN,
     Forks,
-    assert_same_end,
-    copy_run,
     files_below,
     logged_steps,
     make_base,
     metrics,
-    rankings,
     relative_difference,
     series,
-    states,
     verdicts,
     weights,
     write_jsonl,
@@ -46,105 +45,17 @@ from helpers_runs import (
 
 from rlhf_pipeline import artifact
 from rlhf_pipeline.artifact import Kind
-from rlhf_pipeline.config.direct import DirectConfig, Objective
+from rlhf_pipeline.config.direct import Objective
 
-BATCH, SEED, EPOCHS, LAST, LR, DECAY, CLIP = 8, 2, 3, 9, 3e-3, 0.1, 1.0
-DPO = [
-    *DPO_ON_FILES,
-    f"seed={SEED}",
-    f"batch.examples={BATCH}",
-    "batch.row_length=400",
-    f"train.epochs={EPOCHS}",
-    f"optim.lr={LR}",
-    f"optim.weight_decay={DECAY}",
-    f"optim.max_grad_norm={CLIP}",
-    "optim.betas=[0.9,0.95]",
-    "optim.decay=constant",
-    "optim.warmup_fraction=0",
-    "checkpoint.every=4",
-    "checkpoint.keep=9",
-    "evaluation.every=4",
-]
-LIVE = ["reference.cache=false"]
-KTO = ["objective=kto", "data.train=verdicts.jsonl", "objective.desirable_weight=0.1", "objective.undesirable_weight=2"]
 QUICK_CASES = ("cached", "kto")
-CASES = {"cached": [], "live": LIVE, "kto": KTO, "simpo": ["objective=simpo"]}
-QUICK = ["train.max_steps=2", "evaluation.before=false", "evaluation.every=0", "checkpoint.every=100"]
 OBJECTIVES = sorted(path.stem for path in (REPOSITORY / "conf/objective").glob("*.yaml"))
 WITHOUT = [name for name in OBJECTIVES if name not in WITH_REFERENCE]
-FILES = "the reference's log-probabilities of"  # what a run says when it reads them, or computes them
-KILLED = int(signal.SIGKILL)
 REAL = os.environ.get("RLHF_TEST_DATA")
-PROGRAM = """
-def words(episodes):
-    return [len(one.response) / 8 for one in episodes]
-"""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """Rankings of 2 to 9 answers with ties, one of them of ties alone; pairs; verdicts; a scorer; another model."""
-    folder = tmp_path_factory.mktemp("dpo")
-    rows = rankings(24)
-    rows[3]["scores"] = [1.0] * len(rows[3]["scores"])
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "heldout.jsonl", rankings(12, seed=1))
-    write_jsonl(folder / "verdicts.jsonl", verdicts(24, seed=3))
-    apart = [row for row in rankings(30, most=2) if row["scores"][0] != row["scores"][1]]
-    pairs = [(row["prompt"], *(row["responses"][:: -1 if row["scores"][0] < row["scores"][1] else 1])) for row in apart]
-    write_jsonl(
-        folder / "pairs.jsonl", [dict(zip(("prompt", "chosen", "rejected"), one, strict=True)) for one in pairs]
-    )
-    (folder / "points.py").write_text(PROGRAM)
-    make_base(folder / "other", seed=4)
-    return folder
-
-
-def made(rlhf: Forks, folder: Path, base: Path, name: str, *overrides: str) -> Path:
-    """The run of this name; made if it is not there. Its log lists the changes of its files."""
-    run = folder / f"runs/{name}/dpo"
-    if not run.exists():
-        job = rlhf.start(folder, *DPO, f"model.path={base}", f"name={name}", *overrides, crash=0).wait()
-        (folder / f"{name}.log").write_text(job.output)
-    return run
-
-
-def said(run: Path) -> str:
-    return run.parents[2].joinpath(f"{run.parent.name}.log").read_text()
-
-
-def manifest(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "artifact/artifact.json").read_text())
-    return found
-
-
-def objective_of(run: Path) -> DirectConfig:
-    """As the run had it."""
-    values, hints = manifest(run)["config"]["objective"], get_type_hints(DirectConfig)
-    enums = ("name", "reduction", "likelihood_reduction", "pairs", "ties")
-    made = {f.name: hints[f.name](values[f.name]) if f.name in enums else values[f.name] for f in fields(DirectConfig)}
-    if made["form"] is not None:
-        from rlhf_pipeline.config.direct import UnlikelihoodForm
-
-        made["form"] = UnlikelihoodForm(made["form"])
-    return DirectConfig(**made)
-
-
-def plain(folder: Path, base: Path, run: Path, **options: Any) -> Curve:
-    import torch
-
-    def adamw(model: Any) -> torch.optim.Optimizer:
-        groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": DECAY},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-
-    config = objective_of(run)
-    file = folder / ("verdicts.jsonl" if config.name is Objective.kto else "train.jsonl")
-    return plain_training(
-        base, file, config, seed=SEED, batch=BATCH, epochs=EPOCHS, optimizer=adamw, max_grad_norm=CLIP, **options
-    )
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("dpo"))
 
 
 # The numbers
@@ -263,85 +174,6 @@ def test_kto_on_pairs(rlhf: Forks, folder: Path, base: Path, every: dict[str, Pa
     untied = [n for n, one in zip(extremes, rows, strict=True) if len(set(one["scores"])) > 1]
     assert manifest(every["kto"])["data"]["verdicts"]["counts"]["trees"] == sum(untied)
     assert all(line.keys() >= {"train/reward_chosen", "train/reward_rejected"} for line in metrics(run)[:2])
-
-
-# The reference
-
-
-def test_a_file_is_read_again_and_made_again_where_it_is_damaged(rlhf: Forks, folder: Path, base: Path) -> None:
-    cached = made(rlhf, folder, base, "cached")
-    keep = [*QUICK, "data.cache_dir=runs/damaged"]
-    first = made(rlhf, folder, base, "fresh", *keep)
-    files = sorted((folder / "runs/damaged/reference").glob("*.npy"))
-    before = [file.stat().st_mtime_ns for file in files]
-    again = made(rlhf, folder, base, "read", *keep)
-    assert said(first).count(f"computing {FILES}") == 2 == len(files)
-    assert said(again).count(FILES) == 2 and "computing" not in said(again)
-    assert [file.stat().st_mtime_ns for file in files] == before
-    content = files[0].read_bytes()
-    files[0].write_bytes(content[:-3] + b"\x00\x01\x02")
-    mended = made(rlhf, folder, base, "mended", *keep)
-    assert "examples again, for the file is damaged (its checksum differs)" in said(mended)
-    assert said(mended).count("computing") == 1 and files[0].read_bytes() == content
-    assert series(first, "train/loss") == series(again, "train/loss") == series(mended, "train/loss")
-    assert series(first, "train/loss") == series(cached, "train/loss")[:2]
-
-
-def test_numbers_of_other_weights_are_noticed(rlhf: Forks, folder: Path, base: Path) -> None:
-    """A file whose checksum fits, of a reference that is a little off; nothing is learnt."""
-    import hashlib
-
-    made(rlhf, folder, base, "cached")
-    shutil.copytree(folder / "runs/cache", folder / "runs/tampered")
-    for file in (folder / "runs/tampered/reference").glob("*.npy"):
-        np.save(file, np.load(file) - np.float32(0.01))
-        told = json.loads(file.with_suffix(".json").read_text())
-        told["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        file.with_suffix(".json").write_text(json.dumps(told))
-    command = [*DPO, f"model.path={base}", "name=tampered", "data.cache_dir=runs/tampered"]
-    job = rlhf.run(folder, *command, code=2)
-    assert "the policy is its reference before the first update, and yet" in job.output
-    assert "are 0.01 nats a token apart" in job.output
-    assert "Remove the folder reference in runs/tampered, or set reference.cache=false" in job.output
-    assert "Traceback" not in job.output
-    assert not (folder / "runs/tampered_run").exists() and logged_steps(folder / "runs/tampered/dpo") == 0
-    shutil.rmtree(folder / "runs/tampered/reference")
-    rlhf.run(folder, *command, *QUICK)
-
-
-def test_another_reference(rlhf: Forks, folder: Path, base: Path) -> None:
-    """The first loss is not ln 2 then, and nobody asks for it; both parents are named."""
-    run = made(rlhf, folder, base, "held_to_other", "reference.path=other", *QUICK)
-    expected = plain(folder, base, run, reference=folder / "other", max_steps=2)
-    assert series(run, "train/loss") == pytest.approx(expected.losses, abs=1e-5)
-    assert abs(expected.losses[0] - math.log(2)) > 0.01
-    assert {name: one["path"] for name, one in manifest(run)["parents"].items()} == {
-        "model": str(base),
-        "reference": "other",
-    }
-
-
-def test_adapters(rlhf: Forks, folder: Path, base: Path) -> None:
-    """The reference is what lies under them, the same as without: its numbers are read. Cached and live are equal."""
-    pytest.importorskip("peft", reason="needs the lora extra")
-    made(rlhf, folder, base, "cached")
-    lora = ["lora=default", "lora.rank=4", "optim.lr=3e-2", "train.max_steps=3"]
-    cached = made(rlhf, folder, base, "lora", *lora)
-    live = made(rlhf, folder, base, "lora_live", *lora, *LIVE)
-    assert FILES in said(cached) and "computing" not in said(cached)
-    assert series(cached, "eval/drift_chosen")[0] == pytest.approx(0, abs=1e-4) == series(live, "eval/drift_chosen")[0]
-    assert abs(series(live, "eval/drift_chosen")[-1]) > 0.1
-    for name in ("train/loss", "eval/loss", "eval/drift_chosen", "eval/drift_rejected"):
-        assert series(cached, name) == pytest.approx(series(live, name), abs=2e-4), name
-    assert relative_difference(weights(cached / "artifact"), weights(live / "artifact")) < 1e-4
-    start = weights(base)
-    changed = {name for name, one in weights(cached / "artifact").items() if not np.array_equal(one, start[name])}
-    assert changed == {name for name in start if name.endswith("_proj.weight")}
-
-
-def test_bf16_begins_where_its_reference_is(rlhf: Forks, folder: Path, base: Path) -> None:
-    run = made(rlhf, folder, base, "bf16", "model.dtype=bfloat16", *QUICK)
-    assert series(run, "train/loss")[0] == pytest.approx(math.log(2), abs=0.02)
 
 
 # What is measured
@@ -469,62 +301,3 @@ def test_mistakes(rlhf: Forks, folder: Path, base: Path, overrides: list[str], m
     job = rlhf.run(folder, *DPO, f"model.path={base}", "name=mistake", *overrides, code=2)
     assert message in job.output and "Traceback" not in job.output
     shutil.rmtree(folder / "runs/mistake", ignore_errors=True)
-
-
-# Stopped and started again
-
-
-@pytest.mark.parametrize("case", [*CASES][:3])
-@pytest.mark.parametrize("attempt", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
-def test_kill_9_at_a_random_change_of_its_files(rlhf: Forks, folder: Path, base: Path, case: str, attempt: int) -> None:
-    """Bit for bit the undisturbed end: with the reference on disk, beside every batch, and with KTO's point."""
-    whole = made(rlhf, folder, base, case, *CASES[case])
-    changes = re.findall(r"^change \d+: (.*)$", said(whole), re.MULTILINE)
-    assert len(changes) > 40
-    seed = int(os.environ.get("RLHF_TEST_SEED") or random.SystemRandom().randrange(10**6))
-    number = random.Random(f"{case} {attempt} {seed}").randrange(len(changes)) + 1
-    print(f"killed before change {number}: {changes[number - 1]} (RLHF_TEST_SEED={seed})")
-    name = f"killed_{case}_{attempt}"
-    command, run = [*DPO, f"model.path={base}", f"name={name}", *CASES[case]], folder / f"runs/{name}/dpo"
-    rlhf.start(folder, *command, crash=number).wait(-KILLED)
-    rlhf.run(folder, *command)
-    assert_same_end(run, whole)
-    assert not [one for one in files_below(run) if ".partial" in one or ".old" in one or ".tmp" in one]
-
-
-def test_a_pause_is_not_seen_in_the_end(rlhf: Forks, folder: Path, base: Path) -> None:
-    """Of KTO between two states, in the middle of an epoch; what is asked on the way may change meanwhile."""
-    whole = made(rlhf, folder, base, "kto", *KTO)
-    paused = made(rlhf, folder, base, "kto_paused", *KTO, "train.stop_after=5")
-    assert states(paused) == [4, 5]
-    job = rlhf.run(folder, *DPO, f"model.path={base}", "name=kto_paused", *KTO)
-    assert "resumed after step 5" in job.output and "warning" not in job.output
-    assert_same_end(paused, whole)
-
-
-def test_it_goes_on_with_a_live_reference(rlhf: Forks, folder: Path, base: Path) -> None:
-    """The cache is no part of what a run is; to rounding the end is the same."""
-    whole = made(rlhf, folder, base, "cached")
-    run = copy_run(whole, folder / "runs/goes_on/dpo")
-    for name in ("artifact", "artifacts/epoch_2", "artifacts/epoch_3", "state/step_00000008", "state/step_00000009"):
-        shutil.rmtree(run / name)
-    assert states(run) == [4]
-    job = rlhf.run(folder, *DPO, f"model.path={base}", "name=goes_on", *LIVE, "engine=zero2")
-    assert "resumed after step 4" in job.output and FILES not in job.output
-    assert series(run, "train/loss") == pytest.approx(series(whole, "train/loss"), abs=1e-5)
-    assert relative_difference(weights(run / "artifact"), weights(whole / "artifact")) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("objective.beta=0.2", "objective.beta: was 0.1, is now 0.2"),
-        ("reference.path=other", "reference.path: was None, is now 'other'"),
-    ],
-)
-def test_another_objective_is_another_run(rlhf: Forks, folder: Path, base: Path, override: str, message: str) -> None:
-    run = made(rlhf, folder, base, "cached")
-    before = metrics(run)
-    job = rlhf.run(folder, *DPO, f"model.path={base}", "name=cached", override, code=2)
-    assert message in job.output and "Traceback" not in job.output
-    assert metrics(run) == before

@@ -18,8 +18,9 @@ from helpers_runs import ENVIRONMENT, Forks, make_base, sentence, write_jsonl
 
 from rlhf_pipeline.config.schema import PromptsConfig, ReadyModelConfig, TokenizerConfig
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.generation.load import open_model, open_renderer
+from rlhf_pipeline.generation.load import open_renderer
 from rlhf_pipeline.generation.prompts import read_prompts
+from rlhf_pipeline.models.ready import open_model
 
 OPTIONS = ["generate", "runtime.threads=1", "sampling.max_new_tokens=8", "sampling.samples=2"]
 

@@ -1,9 +1,9 @@
-"""A tokenizer trained on the spot, and files to read."""
+"""A tokenizer trained on the spot, files to read, and a cache for what is made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_pipeline.data import dataset as module
 from rlhf_pipeline.data.prompts import Renderer, load_template
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -91,3 +92,22 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 def _json(row: Any) -> bytes:
     return json.dumps(row).encode()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the path of every source that is really read, that is, not found in the cache."""
+    paths: list[str] = []
+    original = module.read_rows
+
+    def read_rows(path: str, *, split: str) -> Iterator[Any]:
+        paths.append(path)
+        return original(path, split=split)
+
+    monkeypatch.setattr(module, "read_rows", read_rows)
+    return paths

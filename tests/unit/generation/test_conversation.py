@@ -17,7 +17,8 @@ from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.generation import conversation as module
 from rlhf_pipeline.generation.conversation import Conversation, Detokenizer
 from rlhf_pipeline.generation.decode import generate
-from rlhf_pipeline.generation.load import open_model, open_renderer
+from rlhf_pipeline.generation.load import open_renderer
+from rlhf_pipeline.models.ready import open_model
 from rlhf_pipeline.recipes import chat
 
 
