@@ -95,7 +95,7 @@ def refuse_another(config: CommandConfig) -> None:
     before = read_object(folder / MARKER, begin_again).get("identity")
     if not isinstance(before, dict):
         raise UserError(f"{folder / MARKER}: damaged, it does not say what the run is; {begin_again}")
-    changed = differences(before, redact(plain(identity(config))))
+    changed = differences(before, redact(plain(identity(config))), defaults=plain(identity(type(config)())))
     if changed:
         lines = "\n".join(f"  - {line}" for line in changed)
         raise UserError(f"{folder}: holds a run with another config\n{lines}\nC{begin_again[1:]}.")

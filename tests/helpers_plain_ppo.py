@@ -43,6 +43,7 @@ class Plain:
     lines: list[dict[str, float]] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     cut_off: int = 0
+    skipped: list[int] = field(default_factory=list)  # prompts of each iteration that were not trained on
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -184,9 +185,12 @@ def _iteration(run: Plain, optimisers: Any, folder: Path, tokenizer: Any, prompt
     updates = []
     trained_on = before * samples * config.policy.epochs
     size = config.batch.examples // samples
+    learnt = [p for p in range(len(rows)) if len(set(scores[p * samples : (p + 1) * samples].tolist())) > 1]
+    learnt = learnt if advantage.skip_no_spread else list(range(len(rows)))
+    run.skipped.append(len(rows) - len(learnt))
     for again in range(config.policy.epochs):
-        shuffled = np.random.default_rng([config.seed, 2**32, step, again]).permutation(len(rows))
-        for part in np.array_split(shuffled, -(-len(rows) // size)):
+        shuffled = np.random.default_rng([config.seed, 2**32, step, again]).permutation(learnt)
+        for part in np.array_split(shuffled, -(-len(learnt) // size)):
             taken = [p * samples + k for p in part for k in range(samples)]
             text = _text(config, folder, tokenizer, trained_on, len(taken))
             trained_on += len(taken)

@@ -108,6 +108,10 @@ CASES: dict[str, list[str]] = {
         *(*COMMON, WORDS, *GROUPS, "advantage.estimator=rloo", "policy.mean=sequences", "policy.epochs=3"),
         *("ema.hand_over=false", "optim.lr=3e-3"),
     ],
+    "rloo_spread": [
+        *(*COMMON, WORDS, *GROUPS, "advantage.estimator=rloo", "advantage.skip_no_spread=true", "policy.epochs=2"),
+        "advantage.score_clip=0.4",  # to which all samples of some prompts are clipped
+    ],
     "grpo": [
         *(*COMMON, WORDS, *GROUPS, "advantage.estimator=grpo", "kl.place=loss", "kl.beta=0.1", "policy.epochs=4"),
         *("policy.mean=sequences", "policy.clip=0.06", "reference.path=other"),

@@ -120,6 +120,11 @@ def _advantage(config: PpoConfig) -> Iterator[str]:
             f"advantage.estimator={advantage.estimator.value}: compares the samples of a prompt, and "
             f"rollout.samples={config.rollout.samples}; draw 2 or more"
         )
+    if advantage.skip_no_spread and advantage.estimator not in IN_GROUPS:
+        yield (
+            f"advantage.skip_no_spread=true: is for rloo and grpo; with advantage.estimator={advantage.estimator.value} a "
+            "prompt teaches also where its samples all score the same"
+        )
     if advantage.estimator is Estimator.gae:
         yield from optimiser("value.optim", config.value.optim)
         if config.value.clip is not None:

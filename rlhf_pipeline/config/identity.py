@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -37,8 +38,15 @@ def identity(config: Any) -> dict[str, Any]:
     return found
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each identity field that is not the same."""
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """One line for each identity field that is not the same.
+
+    A field that there was not yet when `before` was written had its default: what a new field does by default is what was
+    done without it.
+    """
+    before = {key: value for key, value in (defaults or {}).items() if key in now} | dict(before)
     return [
         f"{key}: was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

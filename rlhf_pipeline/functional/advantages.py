@@ -98,7 +98,12 @@ def no_spread(scores: Tensor, samples: int) -> float | None:
     """
     if samples < 2 or not len(scores):
         return None
-    return 1 - float(_has_spread(_by_prompt(scores, samples)).double().mean())
+    return 1 - float(with_spread(scores, samples).double().mean())
+
+
+def with_spread(scores: Tensor, samples: int) -> Tensor:
+    """Whether the scores of a prompt's samples differ: scores [R] -> bool [P]. Raises ValueError for fewer than two."""
+    return _has_spread(_by_prompt(scores, samples))[:, 0]
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:

@@ -26,6 +26,7 @@ from rlhf_pipeline.data.store import TreeDataset
 from rlhf_pipeline.data.tree import Tree
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.functional import kl
+from rlhf_pipeline.functional.advantages import with_spread
 from rlhf_pipeline.functional.losses.policy import (
     clip_fraction,
     clipped_policy_loss,
@@ -70,6 +71,8 @@ class Learner:
             rates: learning rates, of "policy" and "value".
             follow: called after each update of the policy.
 
+        With `advantage.skip_no_spread` there may be nothing to learn from, and then no update and no figure.
+
         Raises:
             UserError: for a loss or gradient that is not finite.
         """
@@ -77,7 +80,7 @@ class Learner:
         trained_on = episodes_before * self.config.policy.epochs
         ratios: list[Tensor] = []
         made: list[dict[str, float]] = []
-        for places in minibatches(len(episodes), self.config, step):
+        for places in minibatches(to_learn_from(experience, shaped, self.config), self.config, step):
             own = [(EPISODES, int(i)) for i in places]
             count = len(own) * experience.rollout.samples
             text = self._text(trained_on, count)
@@ -112,6 +115,8 @@ class Learner:
                 )
                 found |= {"value/loss": value.means["loss"], "value/grad_norm": value.norm}
             made.append(found)
+        if not made:
+            return {}
         largest = runtime.max_over_ranks({"ratio": float(torch.stack(ratios).max())})["ratio"]
         return {name: float(np.mean([one[name] for one in made])) for name in made[0]} | {"policy/ratio_max": largest}
 
@@ -136,12 +141,19 @@ def trees_to_learn(experience: Experience, shaped: Shaped) -> list[Tree]:
     return with_numbers(experience.rollout.trees, experience.mask, numbers)
 
 
-def minibatches(num_trees: int, config: PpoConfig, step: int) -> Iterator[np.ndarray]:
-    """Places of trees for one update after the other, as even as can be; every epoch in an order of its own."""
-    size = max(1, (config.batch.examples or num_trees) // config.rollout.samples)
-    for epoch in range(config.policy.epochs):
-        order = np.random.default_rng([config.seed, ORDER, step, epoch]).permutation(num_trees)
-        yield from np.array_split(order, -(-num_trees // size))
+def to_learn_from(experience: Experience, shaped: Shaped, config: PpoConfig) -> np.ndarray:
+    """Places of the trees that are trained on, int [n]: all, or those whose samples' scores differ."""
+    if not config.advantage.skip_no_spread:
+        return np.arange(len(experience.rollout.trees))
+    return np.flatnonzero(with_spread(shaped.scores, experience.rollout.samples).numpy())
+
+
+def minibatches(trees: np.ndarray, config: PpoConfig, step: int) -> Iterator[np.ndarray]:
+    """Of these places of trees those of one update after the other, as even as can be; an epoch has its own order."""
+    size = max(1, (config.batch.examples or config.rollout.episodes) // config.rollout.samples)
+    for epoch in range(config.policy.epochs if len(trees) else 0):
+        order = np.random.default_rng([config.seed, ORDER, step, epoch]).permutation(trees)
+        yield from np.array_split(order, -(-len(trees) // size))
 
 
 def policy_terms(output: Any, batch: TreeBatch, config: PpoConfig, beta: float) -> dict[str, Term]:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf_pipeline import artifact, health, resume, runtime
@@ -291,7 +292,7 @@ def _held_out(loop: Loop, heldout: PromptSet) -> HeldOutPrompts:
 def _start_problems(loop: Loop, experience: Experience, step: int) -> list[str]:
     """What must hold before the first update of a process: see `health.start_problems`."""
     config, models, rollout = loop.config, loop.models, experience.rollout
-    first = next(updates.minibatches(len(rollout.trees), config, step))
+    first = next(updates.minibatches(np.arange(len(rollout.trees)), config, step))
     rows = [int(i) * rollout.samples + k for i in first for k in range(rollout.samples)]
     trees = [rollout.trees[int(i)] for i in first]
     with models.evaluating():

@@ -73,6 +73,15 @@ def test_identity(override: str, key: str, before: Any, now: Any) -> None:
     assert differences(identity(sft()), identity(sft(override))) == [f"{key}: was {before!r}, is now {now!r}"]
 
 
+def test_a_field_that_an_earlier_version_did_not_have_had_its_default() -> None:
+    now, defaults = identity(sft()), identity(type(sft())())
+    before = {key: value for key, value in now.items() if key != "tokenizer.template"}
+    assert differences(before, now, defaults=defaults) == []
+    other = identity(sft("tokenizer.template=chatml"))
+    assert differences(before, other, defaults=defaults) == ["tokenizer.template: was None, is now 'chatml'"]
+    assert differences(before | {"data.old": 1}, now, defaults=defaults) == ["data.old: was 1, is now None"]
+
+
 def test_a_shape_is_told_apart_from_a_path() -> None:
     overrides = ["model.path=null", "tokenizer.path=t", "data.max_length=512", "data.max_prompt_length=256"]
     changed = differences(identity(sft()), identity(sft(*overrides, "model=lab")))

@@ -71,6 +71,10 @@ ONE: list[tuple[list[str], str]] = [
     ),
     (["advantage.estimator=rloo"], "advantage.estimator=rloo: compares the samples of a prompt, and rollout.samples=1"),
     (["advantage.estimator=grpo"], "advantage.estimator=grpo: compares the samples of a prompt, and rollout.samples=1"),
+    (
+        ["advantage.skip_no_spread=true"],
+        "advantage.skip_no_spread=true: is for rloo and grpo; with advantage.estimator=gae",
+    ),
     # policy and value model
     (["policy.clip=1.5"], "policy.clip=1.5: must be between 0 and 1"),
     (["policy.epochs=0"], "policy.epochs=0: must be more than 0"),

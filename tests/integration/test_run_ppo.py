@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers_plain_ppo import Plain, plain_run, plain_runs
 from helpers_ppo import CASES, PPO, REWARD, WORDS, compare, iterations, made, make_folder, make_policy
-from helpers_runs import Forks, files_below, metrics, relative_difference, series, states, weights
+from helpers_runs import Forks, files_below, metrics, relative_difference, series, states, weights, write_jsonl
 from helpers_scoring import make_reward_model
 
 from rlhf_pipeline import artifact
@@ -52,7 +52,20 @@ def test_what_the_cases_tell_apart(plain: Callable[[str], Plain]) -> None:
     assert relative_difference(average, {name: one.float() for name, one in gae.weights.items()}) > 1e-3
     assert max(line["policy/grad_norm"] for line in gae.lines) > gae.config.optim.max_grad_norm * 0.8
     assert ["rollout/baseline" in line for line in plain("reinforce").lines] == [False, True, True]
+    skipped = plain("rloo_spread").skipped
+    assert sum(skipped) > 0 and max(skipped) < 4
     assert plain("grpo").lines[0]["policy/kl"] > 0.1 and plain("grpo").lines[0]["rollout/kl"] > 0.1
+
+
+def test_an_iteration_without_spread_learns_nothing(folder: Path, rlhf: Forks) -> None:
+    """All scores are clipped to one number: there is no update, and the run goes on."""
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    write_jsonl(folder / "generous.jsonl", [row | {"bonus": 50} for row in prompts])
+    run = made(rlhf, folder, "generous", CASES["rloo_spread"], "data.train=generous.jsonl", "train.max_steps=2")
+    lines = [line for line in metrics(run) if "rollout/score" in line]
+    assert [line["rollout/no_spread"] for line in lines] == [1.0, 1.0]
+    assert not any(name.startswith("policy/") and name != "policy/lr" for line in lines for name in line)
+    assert relative_difference(weights(run / "artifact"), weights(folder / "policy")) == 0
 
 
 def test_what_is_logged(folder: Path, rlhf: Forks) -> None:

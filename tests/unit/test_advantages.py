@@ -20,6 +20,7 @@ from rlhf_pipeline.functional.advantages import (
     running_mean,
     sequence_returns,
     whiten,
+    with_spread,
 )
 
 Check = Callable[..., None]
@@ -228,6 +229,13 @@ def test_no_spread() -> None:
     assert no_spread(doubles([1.0, 2.0]), 2) == 0.0
     assert no_spread(doubles([1.0, 1.0]), 1) is None
     assert no_spread(doubles([]), 2) is None
+
+
+def test_with_spread() -> None:
+    scores = doubles([1.0, 1.0, 2.0, 5.0, 5.0, 5.0, 0.1 + 0.2, 0.3, 0.3])
+    assert with_spread(scores, 3).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="samples=1"):
+        with_spread(scores, 1)
 
 
 def test_explained_variance_by_hand() -> None:
