@@ -14,11 +14,12 @@ from rich.text import Text
 from rlhf_pipeline.data.lab.judge import Verdict, judge
 from rlhf_pipeline.data.lab.summary import Summary, difference, summary
 from rlhf_pipeline.errors import UserError
-from rlhf_pipeline.evaluation.tables import cell, clear, signed, table
+from rlhf_pipeline.evaluation.tables import blocks, cell, clear, signed, table
 
 Answer = Mapping[str, Any]  # a line of `rlhf generate`
 FIELDS = ("prompt", "response", "finish_reason")  # what is read of it; the prompt as messages
 FINISHED = "stop"
+NARROW = "[0.123,"  # what a figure with its interval takes over three lines
 
 
 def judged(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[Verdict]]:
@@ -79,8 +80,11 @@ def show(
 ) -> None:
     """Print the tables, the differences, what is left to gain, and some answers side by side."""
     found = {name: summary(mine) for name, mine in verdicts.items()}
-    console.print(_scores(found))
-    console.print(_criteria(found))
+    for draw in (_scores, _criteria):
+        for some in blocks(found, console.width, widest=max([NARROW, *found], key=len)):
+            made = draw(some)
+            made.columns[0].no_wrap = True  # or it is what is cut
+            console.print(made)
     for a, b in combinations(verdicts, 2):
         gap = difference(verdicts[b], verdicts[a])
         console.print(f"{b} - {a}: {signed(gap)} on the same prompts, {clear(gap)}")

@@ -7,7 +7,7 @@ has it (Lambert et al. 2024), and a ranking of K answers is all its pairs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -19,11 +19,10 @@ from rich.markup import escape
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.evaluation.intervals import ClusterMean, cluster_means
 from rlhf_pipeline.evaluation.ranking_metrics import Judged, correct, pairs
-from rlhf_pipeline.evaluation.tables import Interval, cell, is_clear, signed, table
+from rlhf_pipeline.evaluation.tables import Interval, blocks, cell, is_clear, room, signed, table
 from rlhf_pipeline.scoring.answers import Answered
 
 SUBSET = ("subset", "category")  # columns that say which part of the benchmark a row is of; the first that is there
-FIRST_COLUMN = 26  # characters of a table for the names of subsets
 EXAMPLE = "0.123 [0.123, 0.123]"  # what a figure takes with its interval
 UNNAMED = "(none)"  # rows without one, where others have one
 
@@ -119,8 +118,9 @@ def show(console: Console, found: Results) -> None:
         told = ("", "") if gap is None else (signed(gap), "yes" if is_clear(gap) else "no")
         made.add_row(escape(name), cell(mine.overall), *told)
     console.print(made)
-    for some in _blocks(found.systems, console.width) if one.by_subset else ():
-        shown = cell if len(found.systems) <= _room(console.width, EXAMPLE) else _mean
+    have_room = len(found.systems) <= room(console.width, EXAMPLE)
+    shown, widest = (cell, EXAMPLE) if have_room else (_mean, max(found.systems, key=len))
+    for some in blocks(found.systems, console.width, widest=widest) if one.by_subset else ():
         made = table("accuracy by subset", "subset (comparisons)", map(escape, some))
         if one.subsets_mean is not None:
             made.add_row("mean over subsets", *(f"{mine.subsets_mean:.3f}" for mine in some.values()), style="bold")
@@ -129,19 +129,6 @@ def show(console: Console, found: Results) -> None:
         console.print(made)
     if found.ties:
         console.print(f"{found.ties} comparisons are ties in the labels and are left out")
-
-
-def _blocks(systems: Mapping[str, Accuracy], width: int) -> Iterator[dict[str, Accuracy]]:
-    """As many systems at a time as have room beside each other."""
-    names = list(systems)
-    size = _room(width, max(names, key=len)) if len(names) > _room(width, EXAMPLE) else len(names)
-    for start in range(0, len(names), size):
-        yield {name: systems[name] for name in names[start : start + size]}
-
-
-def _room(width: int, widest: str) -> int:
-    """Columns of a table that are as wide as `widest`, beside one of subsets."""
-    return max(1, (width - FIRST_COLUMN) // (len(widest) + 3))
 
 
 def _mean(one: Interval) -> str:

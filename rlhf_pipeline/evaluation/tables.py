@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from rich.table import Table
+
+FIRST_COLUMN = 26  # characters of a table for the names of its rows
+System = TypeVar("System")
 
 
 class Interval(Protocol):
@@ -26,6 +29,19 @@ def table(title: str, first: str, others: Iterable[str]) -> Table:
     for name in others:
         made.add_column(name, justify="right")
     return made
+
+
+def blocks(systems: Mapping[str, System], width: int, *, widest: str) -> Iterator[dict[str, System]]:
+    """As many systems at a time as have `room` beside each other."""
+    names = list(systems)
+    size = room(width, widest)
+    for start in range(0, len(names), size):
+        yield {name: systems[name] for name in names[start : start + size]}
+
+
+def room(width: int, widest: str) -> int:
+    """Columns of a table that are as wide as `widest`, beside one of names."""
+    return max(1, (width - FIRST_COLUMN) // (len(widest) + 3))
 
 
 def cell(one: Interval) -> str:
