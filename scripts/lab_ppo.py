@@ -1,6 +1,6 @@
-"""PPO and PPO-ptx on the lab, several seeds: gold score by criterion, KL, and what is left of the pretraining text.
+"""PPO, RLOO and PPO-ptx on the lab, several seeds: gold score by criterion, KL, and what is left of the pretraining text.
 
-    python scripts/lab_ppo.py [--seeds 3] [--variants lab_gold lab_ptx] [--runs runs/lab_ppo] [--jobs 1] [override ...]
+    python scripts/lab_ppo.py [--seeds 3] [--variants lab_gold lab_rloo lab_ptx] [--jobs 1] [override ...]
 
 Trains conf/experiment/<variant>_ppo.yaml from runs/demo/sft/artifact (make demo), then compares every policy with the
 fine-tuned model by `rlhf evaluate` on 500 held-out prompts, and measures each one's loss on held-out documents by the
@@ -26,7 +26,7 @@ RLHF = [sys.executable, "-m", "rlhf_pipeline"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", default=["lab_gold", "lab_ptx"])
+    parser.add_argument("--variants", nargs="+", default=["lab_gold", "lab_rloo", "lab_ptx"])
     parser.add_argument("--runs", type=Path, default=Path("runs/lab_ppo"))
     parser.add_argument("--jobs", type=int, default=1)
     given, overrides = parser.parse_known_args()
