@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from rlhf_pipeline.errors import UserError
 from rlhf_pipeline.tracking.redaction import redact_text
@@ -69,17 +69,28 @@ def complaint(url: str) -> str:
 def in_threads(ask: Callable[[T, threading.Event], R], items: Sequence[T], *, at_once: int) -> list[R]:
     """`ask` of every item, in their order, by `at_once` threads. The first that fails ends them all.
 
-    Each is given an event that is set when the others are to stop: those that wait for their next try need not.
+    Each is given an event that is set when the others are to stop: those that wait for their next try need not. None
+    begins once one has failed.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # below, it writes every url with its secrets
-    stop = threading.Event()
+    stop, failed = threading.Event(), threading.Event()
+
+    def begin(item: T) -> R | None:
+        if failed.is_set():
+            return None  # which nobody gets: the failure is raised
+        try:
+            return ask(item, stop)
+        except BaseException:
+            failed.set()
+            raise
+
     pool = ThreadPoolExecutor(at_once, thread_name_prefix="asking")
     try:
-        requests = [pool.submit(ask, item, stop) for item in items]
+        requests = [pool.submit(begin, item) for item in items]
         done, _ = wait(requests, return_when=FIRST_EXCEPTION)
         for request in done:  # what has failed, before any that waits for its next try
             request.result()
-        return [request.result() for request in requests]
+        return [cast(R, request.result()) for request in requests]
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
