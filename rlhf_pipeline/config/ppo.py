@@ -116,9 +116,7 @@ class AdvantageConfig:
     missing_end: MissingEnd = MissingEnd.keep
     missing_end_score: float = 1.0  # see MissingEnd
     baseline_decay: float = 0.9  # of the running mean of reinforce
-    skip_no_spread: bool = (
-        False  # rloo, grpo: no updates on prompts whose samples all score the same (Yu et al. 2025, 3.2)
-    )
+    skip_no_spread: bool = False  # rloo, grpo: no updates on prompts whose samples all score the same
 
 
 @dataclass(kw_only=True, slots=True)

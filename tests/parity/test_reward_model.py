@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_plain_trees import compute_in_float64
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_pipeline.config.schema import Attention
@@ -101,34 +101,6 @@ def scorer_of(inner: Any, case: Case) -> TreeScorer:
     if case.attention == "paths":
         scorer.use_attention(Attention.paths)
     return scorer
-
-
-class KeepFloat64(TorchFunctionMode):
-    """transformers' norms and soft-maxes compute in float32 even in a float64 model; within this they do not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = [torch.float64 if value is torch.float32 else value for value in args]
-            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def compute_in_float64(inner: Any) -> None:
-    """Only in modules of transformers, so that what this project does is seen as it is."""
-
-    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with KeepFloat64():
-                return forward(*args, **kwargs)
-
-        return call
-
-    for module in inner.base_model.modules():
-        if type(module).__name__.endswith(("Norm", "Attention")):
-            module.forward = wrapped(module.forward)
 
 
 # The same rewards
